@@ -1,0 +1,139 @@
+"""Sphinx extension: finish the HTML pages so that they stand on their own.
+
+The theme's pages ask a CDN for a script, declare one script constant twice and leave some elements without a
+name for screen readers. After the build this extension rewrites each page: nothing is fetched from elsewhere,
+scripts do not hold up the page, there is one first-level heading and a description.
+
+Then it looks at what each page loads. An address on another site, or a file that is not there, is a warning,
+and `jupyter-book build -W` turns warnings into errors. Mathematics and widgets need files that the book does
+not have yet: the warning for a page with either names the npm package to copy them from.
+"""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from bs4 import BeautifulSoup
+from docutils import nodes
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+UNUSED_SCRIPTS = ("sphinx-thebe.js", "fontawesome.js")
+UNUSED_FILES = ("sphinx-thebe.*", "scripts/fontawesome.js*", "**/*.map")
+PACKAGES = {
+    "_static/mathjax/": "copy es5/ of npm mathjax@3.2.2 there",
+    "_static/widgets/": "copy dist/embed.js of npm @jupyter-widgets/html-manager@1.0.15 there",
+}
+DESCRIPTIONS = {"search": "Search the whole book."}
+DESCRIPTION_LENGTH = 155
+NAMES = {
+    "#pst-search-dialog": "Search",
+    "#pst-primary-sidebar-modal, #pst-primary-sidebar": "Contents and search",
+    "#pst-secondary-sidebar-modal, #pst-secondary-sidebar": "On this page",
+}
+LOADED = "script[src], img[src], iframe[src], source[src], video[src], audio[src], embed[src]"
+
+
+def describe(app, pagename, templatename, context, doctree):
+    """Give the first page the whole title, and a page without an authored description its first paragraph."""
+    if pagename == app.config.root_doc:
+        context["title"], context["docstitle"] = app.config.project, ""
+    if 'name="description"' in context.get("metatags", ""):
+        return
+    text = DESCRIPTIONS.get(pagename, "")
+    if doctree and (paragraph := next(doctree.findall(nodes.paragraph), None)):
+        text = " ".join(paragraph.astext().split())
+    if len(text) > DESCRIPTION_LENGTH:
+        text = text[:DESCRIPTION_LENGTH].rsplit(" ", 1)[0] + " …"
+    tag = BeautifulSoup().new_tag("meta", attrs={"name": "description", "content": text})
+    context["metatags"] = context.get("metatags", "") + str(tag)
+
+
+def finish(app, exception):
+    """Rewrite every page of a successful HTML build and warn about what it could not load."""
+    if exception or app.builder.format != "html":
+        return
+    out = Path(app.outdir)
+    for pattern in UNUSED_FILES:
+        for file in (out / "_static").glob(pattern):
+            file.unlink()
+    for page in sorted(out.rglob("*.html")):
+        if "_static" in page.relative_to(out).parts:
+            continue
+        soup = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+        mend_head(soup)
+        mend_scripts(soup)
+        mend_body(soup)
+        page.write_text(str(soup), encoding="utf-8")
+        for problem in load_problems(soup, page, out):
+            logger.warning("%s %s", page.name, problem, type="pages")
+
+
+def mend_head(soup):
+    """Keep one viewport, leave the theme to the script, drop style sheets and preloads nothing uses."""
+    soup.html.attrs.pop("data-theme", None)
+    for extra in soup.select('meta[name="viewport"]')[1:]:
+        extra.decompose()
+    for link in soup.select('link[href*="sphinx-thebe"], link[rel="preload"]'):
+        link.decompose()
+
+
+def mend_scripts(soup):
+    """Drop thebe, the icons' script and scripts that stand on the page twice; defer the files."""
+    seen = set()
+    for script in soup.find_all("script"):
+        source, code = script.get("src", ""), script.string or ""
+        unused = any(name in source for name in UNUSED_SCRIPTS)
+        thebe = "thebe" in script.get("type", "") or "THEBE_JS_URL" in code or code.startswith("kernelName")
+        if unused or thebe or (source or code) in seen:
+            script.decompose()
+            continue
+        seen.add(source or code)
+        # Inline scripts write to DOCUMENTATION_OPTIONS at once, so its file cannot wait.
+        if source and "documentation_options" not in source:
+            script["defer"] = ""
+
+
+def mend_body(soup):
+    """Name what has no name, hide what is only ornament, keep one first-level heading."""
+    for icon in soup.select("i[class*=fa-], span[class*=fa-]"):
+        icon["aria-hidden"] = "true"
+    for button in soup.select("button[title]:not([aria-label])"):
+        button["aria-label"] = button["title"]
+    for heading in soup.select("#jb-print-docs-body h1, #jb-print-docs-body h2"):
+        heading.name = "p"
+    for selector, name in NAMES.items():
+        for element in soup.select(selector):
+            element["aria-label"] = name
+            if element.name != "dialog":
+                element["role"] = "complementary"
+    for cell in soup.select("article thead th"):
+        cell["scope"] = "col"
+    if (header := soup.select_one("#pst-header")) and not header.get_text(strip=True):
+        header["role"] = "presentation"
+
+
+def load_problems(soup, page, out):
+    """What the page loads from another site, or from a missing file, as a list of sentences."""
+    problems = []
+    addresses = [element["src"] for element in soup.select(LOADED)]
+    addresses += [link["href"] for link in soup.select('link[rel~="stylesheet"], link[rel~="icon"]')]
+    for address in addresses:
+        parts = urlsplit(address)
+        if parts.scheme == "data":
+            continue
+        if parts.scheme or parts.netloc:
+            problems.append(f"loads {address} from another site: put the file into book/_static")
+            continue
+        file = (page.parent / unquote(parts.path)).resolve()
+        if file.exists():
+            continue
+        needs = next((package for folder, package in PACKAGES.items() if folder in address), "add it")
+        problems.append(f"loads {file.relative_to(out)}, which is not in book/: {needs}")
+    return problems
+
+
+def setup(app):
+    app.connect("html-page-context", describe, priority=900)
+    app.connect("build-finished", finish)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,103 @@
+"""Build the book: `python book/build.py OUT` makes OUT/index.html.
+
+The pages show the outputs that are stored in the notebooks; nothing is executed. Each build starts from
+nothing, in a temporary folder, and takes the place of OUT only when it succeeded without a warning. An existing
+OUT is replaced only if it is empty or an earlier build of this book.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+BOOK = Path(__file__).resolve().parent
+CHAPTERS = BOOK.parent / "chapters"
+MARKER = ".gpt-at-work-book"
+
+
+class BuildError(Exception):
+    """Why there is no book, in one line."""
+
+
+def build(out: Path) -> Path:
+    """Build the book into the folder `out` and return it: its `index.html` is the first page.
+
+    Raises `BuildError` if `out` cannot be used, Jupyter Book is not installed, or the build gave a warning.
+    """
+    out = Path(out).expanduser().resolve()
+    check_target(out)
+    if find_spec("jupyter_book") is None:
+        raise BuildError("Jupyter Book is not installed: pip install -e '.[book]'")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as folder:
+        html = run_jupyter_book(Path(folder))
+        (html / MARKER).touch()
+        swap(html, out, Path(folder) / "previous")
+    return out
+
+
+def check_target(out: Path) -> None:
+    """Refuse a target that is not a folder, holds other files, or lies among the sources."""
+    if out == BOOK.parent or out.is_relative_to(CHAPTERS) or out.is_relative_to(BOOK):
+        raise BuildError(f"{out} holds the book's sources: choose a folder outside chapters/ and book/")
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"{out} is a file: choose a folder")
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise BuildError(f"{out} is not empty and is not an earlier build of this book: choose another")
+
+
+def run_jupyter_book(folder: Path) -> Path:
+    """Run `jupyter-book build`, warnings as errors, in `folder`; return the folder of the pages."""
+    run = subprocess.run(
+        [
+            *(sys.executable, "-c", "from jupyter_book.cli.main import main; main()"),
+            *("build", CHAPTERS, "--path-output", folder),
+            *("--config", BOOK / "_config.yml", "--toc", BOOK / "_toc.yml"),
+            *("-W", "-n", "--keep-going"),
+        ],
+        env=os.environ | {"NO_COLOR": "1", "PYTHONUTF8": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+    if run.returncode:
+        descriptor, log = tempfile.mkstemp(prefix="book-", suffix=".log")
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(run.stdout)
+        lines = [line.strip() for line in run.stdout.splitlines()]
+        causes = [line for line in lines if "WARNING:" in line or "ERROR:" in line or "Error:" in line]
+        first = causes[0] if causes else "Jupyter Book failed"
+        raise BuildError(f"the book was not built: {first} (1 of {max(len(causes), 1)}; see {log})")
+    return folder / "_build" / "html"
+
+
+def swap(new: Path, out: Path, previous: Path) -> None:
+    """Put `new` in the place of `out`; if that fails, `out` is as it was."""
+    if out.exists():
+        out.rename(previous)
+    try:
+        new.rename(out)
+    except OSError:
+        if previous.exists():
+            previous.rename(out)
+        raise
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build the book from the outputs stored in its notebooks.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the pages")
+    try:
+        html = build(parser.parse_args().out)
+    except (BuildError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(html / "index.html")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,35 @@
+"""The course's package, and the names that its chapters use.
+
+    client()         an `openai.OpenAI`: the local endpoint, or a hosted service      companion.backend
+    chat_model()     the name of the model to ask, embedding_model() of the other      companion.backend
+    Chat             a conversation that remembers, streams and calls tools            companion.chat
+    Index            search a company's own documents                                  companion.retrieval
+    companion.shop   Fernway, the company of the course: its data
+    companion.widgets  what is shown in Jupyter: the chat box, the token views
+    companion.local  behind the wall: the OpenAI API on this machine
+
+Importing this package is light: a name is loaded when it is first used.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "client": "backend",
+    "chat_model": "backend",
+    "embedding_model": "backend",
+    "Chat": "chat",
+    "Index": "retrieval",
+}
+__all__ = ["Chat", "Index", "chat_model", "client", "embedding_model"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'companion' has no attribute {name!r}")
+    value = getattr(import_module(f"companion.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

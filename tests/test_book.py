@@ -1,0 +1,244 @@
+"""The built book: every page stands on its own, and the build refuses what would break it."""
+
+import re
+import shutil
+import sys
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parent.parent
+TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+CHAPTERS = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
+PAGES = [TOC["root"], *CHAPTERS]
+
+LOADING_RELATIONS = {"stylesheet", "icon", "preload", "modulepreload", "preconnect", "dns-prefetch"}
+LOADING_ATTRIBUTES = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "audio": "src",
+    "embed": "src",
+    "object": "data",
+    "use": "href",
+}
+
+every_page = pytest.mark.parametrize("page", [*PAGES, "search"])
+every_authored_page = pytest.mark.parametrize("page", PAGES)
+
+
+def build_module(root=ROOT):
+    """The module book/build.py of a checkout, which is a script and not part of the package."""
+    spec = spec_from_file_location("book_build", root / "book" / "build.py")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    return build_module().build(tmp_path_factory.mktemp("book") / "html")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the book's sources that a test may spoil."""
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for folder in ("book", "chapters"):
+        shutil.copytree(ROOT / folder, tmp_path / "copy" / folder, ignore=ignored)
+    return tmp_path / "copy"
+
+
+@cache
+def read(file):
+    return BeautifulSoup(file.read_text(encoding="utf-8"), "html.parser")
+
+
+@cache
+def anchors(file):
+    return {element["id"] for element in read(file).select("[id]")}
+
+
+def addresses_loaded(soup):
+    """Every address that a browser fetches for the page by itself."""
+    for tag, attribute in LOADING_ATTRIBUTES.items():
+        for element in soup.select(f"{tag}[{attribute}]"):
+            yield element[attribute]
+    for element in soup.select("[srcset]"):
+        yield from (candidate.split()[0] for candidate in element["srcset"].split(","))
+    for link in soup.select("link[href]"):
+        if LOADING_RELATIONS & set(link.get("rel", [])):
+            yield link["href"]
+    for style in soup.select("style"):
+        yield from style_addresses(style.get_text())
+    for element in soup.select("[style]"):
+        yield from style_addresses(element["style"])
+
+
+def style_addresses(text):
+    """The addresses in a style sheet: url(…) and @import."""
+    for match in re.finditer(r"""url\(\s*["']?([^"')]+)|@import\s+["']([^"']+)""", text):
+        yield match[1] or match[2]
+
+
+def is_elsewhere(address):
+    parts = urlsplit(address)
+    return bool(parts.netloc or parts.scheme) and parts.scheme != "data"
+
+
+def test_every_chapter_notebook_is_in_the_table_of_contents():
+    notebooks = {file.stem for file in (ROOT / "chapters").glob("*.ipynb")}
+    assert notebooks, "chapters/ holds no notebook"
+    assert notebooks <= set(CHAPTERS)
+
+
+def test_build_keeps_a_folder_that_is_not_an_earlier_build(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    module = build_module()
+    with pytest.raises(module.BuildError, match="not empty and is not an earlier build"):
+        module.build(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("folder", [".", "chapters", "chapters/_build", "book/html"])
+def test_build_refuses_the_folders_of_its_sources(folder):
+    module = build_module()
+    with pytest.raises(module.BuildError, match="sources"):
+        module.build(ROOT / folder)
+
+
+def test_build_refuses_a_file_as_its_target(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    module = build_module()
+    with pytest.raises(module.BuildError, match="is a file"):
+        module.build(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_build_replaces_an_earlier_build_and_leaves_nothing_else_behind(copy, tmp_path):
+    out = tmp_path / "out" / "html"
+    module = build_module(copy)
+    module.build(out)
+    (out / "stale.html").write_text("from an older table of contents")
+    assert module.build(out) == out
+    assert (out / "index.html").is_file()
+    assert not (out / "stale.html").exists()
+    assert [file.name for file in out.parent.iterdir()] == ["html"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("See [this](nowhere.md).", "nowhere"),
+        ("See [this](installation.md#no-such-section).", "no-such-section"),
+        ("So they say {cite:p}`nobody1900`.", "nobody1900"),
+        ("![A picture](https://example.org/picture.png)", "example.org/picture.png from another site"),
+        ("![A picture](picture.png)", "picture.png"),
+        ("$$ e^x $$", "mathjax@3.2.2"),
+    ],
+    ids=["page", "anchor", "citation", "remote image", "missing image", "mathematics"],
+)
+def test_build_fails_on_what_would_be_broken_and_keeps_the_earlier_build(copy, tmp_path, text, complaint):
+    earlier = tmp_path / "html"
+    earlier.mkdir()
+    module = build_module(copy)
+    (earlier / module.MARKER).touch()
+    (earlier / "index.html").write_text("the earlier build")
+    page = copy / "chapters" / "about.md"
+    page.write_text(page.read_text(encoding="utf-8") + f"\n{text}\n", encoding="utf-8")
+    with pytest.raises(module.BuildError, match=re.escape(complaint)) as error:
+        module.build(earlier)
+    assert "\n" not in str(error.value)
+    assert (earlier / "index.html").read_text() == "the earlier build"
+
+
+@pytest.mark.slow
+@every_page
+def test_internal_links_lead_to_a_file_and_to_an_anchor_in_it(book, page):
+    file = book / f"{page}.html"
+    links = [link["href"] for link in read(file).select("a[href]") if not is_elsewhere(link["href"])]
+    assert links
+    broken = []
+    for link in links:
+        path, _, fragment = link.partition("#")
+        target = (file.parent / unquote(path)).resolve() if path else file
+        if not target.is_file() or (fragment and unquote(fragment) not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.slow
+@every_page
+def test_page_loads_only_files_of_the_book(book, page):
+    file = book / f"{page}.html"
+    addresses = set(addresses_loaded(read(file)))
+    assert addresses
+    assert not {address for address in addresses if is_elsewhere(address)}
+    local = {urlsplit(address).path for address in addresses if not address.startswith(("data:", "#"))}
+    assert not {path for path in local if not (file.parent / unquote(path)).is_file()}
+
+
+@pytest.mark.slow
+def test_style_sheets_load_nothing_from_elsewhere(book):
+    sheets = list(book.rglob("*.css"))
+    assert sheets
+    elsewhere = {a for sheet in sheets for a in style_addresses(sheet.read_text("utf-8")) if is_elsewhere(a)}
+    assert not elsewhere
+
+
+@pytest.mark.slow
+@every_page
+def test_no_script_names_thebe_or_is_declared_twice(book, page):
+    scripts = read(book / f"{page}.html").select("script")
+    codes = [script.get("src") or script.get_text() for script in scripts]
+    assert codes
+    assert not [code for code in codes if "thebe" in code.lower()]
+    assert len(codes) == len(set(codes))
+
+
+@pytest.mark.slow
+@every_page
+def test_every_image_says_what_it_shows(book, page):
+    images = read(book / f"{page}.html").select("img")
+    assert images
+    file_name = re.compile(r"[/\\]|\.(png|jpe?g|svg|gif|webp)$", re.IGNORECASE)
+    texts = {image["src"]: image.get("alt", "").strip() for image in images}
+    assert not [source for source, text in texts.items() if not text or file_name.search(text)]
+
+
+@pytest.mark.slow
+@every_page
+def test_page_has_a_title_a_description_a_language_and_one_heading(book, page):
+    soup = read(book / f"{page}.html")
+    assert soup.html["lang"] == "en"
+    assert soup.title.get_text(strip=True)
+    descriptions = soup.select('meta[name="description"]')
+    assert [bool(description["content"].strip()) for description in descriptions] == [True]
+    headings = [heading.get_text(strip=True) for heading in soup.select("h1")]
+    assert len(headings) == 1 and headings[0]
+    assert len(soup.select("main")) == 1
+
+
+@pytest.mark.slow
+def test_no_two_pages_share_a_title_or_a_description(book):
+    soups = [read(book / f"{page}.html") for page in PAGES]
+    assert len({soup.title.get_text() for soup in soups}) == len(PAGES)
+    assert len({soup.select_one('meta[name="description"]')["content"] for soup in soups}) == len(PAGES)
+
+
+@pytest.mark.slow
+@every_authored_page
+def test_no_page_shows_an_error_or_an_unresolved_role(book, page):
+    article = read(book / f"{page}.html").select_one("article.bd-article")
+    assert article.get_text(strip=True)
+    assert not article.select(".problematic, .system-message, .pending-xref")
+    assert not re.search(r"\{(cite|term|doc|ref|numref|glue|eval)(:\w+)?\}`", article.get_text())

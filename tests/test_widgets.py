@@ -1,0 +1,171 @@
+import ipywidgets
+import pytest
+from bs4 import BeautifulSoup
+from scripted import MODEL, Client
+
+from companion.chat import Chat
+from companion.widgets import chat_box, next_token_box, next_token_view, token_view
+
+
+def page(html):
+    return BeautifulSoup(html, "html.parser")
+
+
+def press_enter(field):
+    field._handle_custom_msg({"event": "submit"}, [])
+
+
+def words_of(widget):
+    """All that the HTML parts of a widget say."""
+    if isinstance(widget, ipywidgets.HTML):
+        return page(widget.value).get_text(" ", strip=True)
+    return " ".join(filter(None, map(words_of, getattr(widget, "children", ()))))
+
+
+def parts(box):
+    """The parts a learner acts on, by their labels."""
+    found = {box.description: box} if getattr(box, "description", "") else {}
+    for child in getattr(box, "children", ()):
+        found |= parts(child)
+    return found
+
+
+def a_box(*script, **arguments):
+    chat = Chat(model=MODEL, client=Client(*script), **arguments)
+    box = chat_box(chat)
+    return chat, box, parts(box)
+
+
+# The chat box
+
+
+@pytest.mark.parametrize("way", ["Enter", "Send"])
+def test_a_message_is_sent_and_answered(way):
+    chat, box, part = a_box("Hello Ann")
+    part["Message"].value = "I am Ann"
+    press_enter(part["Message"]) if way == "Enter" else part["Send"].click()
+    assert [message["content"] for message in chat.messages] == ["I am Ann", "Hello Ann"]
+    assert words_of(box) == "user I am Ann assistant Hello Ann"
+    assert part["Message"].value == ""
+
+
+def test_typing_alone_sends_nothing():
+    chat, _, part = a_box("Hello")
+    part["Message"].value = "I am A"
+    assert chat.client.requests == []
+
+
+def test_the_reply_grows_as_it_is_written_and_nothing_can_be_sent_meanwhile():
+    _, box, part = a_box("one two three")
+    seen = []
+    for html in (child for child in box.children if isinstance(child, ipywidgets.HTML)):
+        html.observe(lambda _: seen.append((words_of(box), part["Send"].disabled)), "value")
+    part["Message"].value = "Count"
+    press_enter(part["Message"])
+    said = [words for words, _ in seen]
+    for grown in ("one", "one two", "one two three"):
+        assert any(words.endswith(f"user Count assistant {grown}") for words in said)
+    assert seen[0][1] and not part["Send"].disabled and not part["Message"].disabled
+
+
+def test_an_error_is_one_line_and_the_message_stays_to_be_sent_again():
+    _, box, part = a_box(RuntimeError("the server\n<b>is</b> down"), "Hello")
+    part["Message"].value = "Hi"
+    press_enter(part["Message"])
+    (alert,) = page("".join(c.value for c in box.children if hasattr(c, "value"))).select('[role="alert"]')
+    assert alert.get_text() == "RuntimeError: the server <b>is</b> down"
+    assert part["Message"].value == "Hi" and not part["Message"].disabled
+    press_enter(part["Message"])
+    assert words_of(box) == "user Hi assistant Hello"
+
+
+def test_nothing_is_sent_for_an_empty_message():
+    chat, _, part = a_box("Hello")
+    part["Message"].value = "  "
+    press_enter(part["Message"])
+    assert chat.client.requests == []
+
+
+def test_clear_forgets_the_conversation():
+    chat, box, part = a_box("Hello", system="Be brief.")
+    part["Message"].value = "Hi"
+    press_enter(part["Message"])
+    part["Clear"].click()
+    assert words_of(box) == "system Be brief."
+    assert len(chat.messages) == 1
+
+
+def test_what_was_said_before_the_box_is_in_it():
+    chat = Chat(model=MODEL, client=Client("Hello <b>"))
+    chat.ask("Hi")
+    assert words_of(chat_box(chat)) == "user Hi assistant Hello <b>"
+
+
+# Tokens
+
+
+def test_tokens_are_numbered_and_their_whitespace_is_visible():
+    view = token_view("To be,\n\tor <b>", model=MODEL, client=Client())
+    assert "".join(view.tokens) == "To be,\n\tor <b>"
+    chips = [chip.get_text() for chip in page(view._repr_html_()).select("li")]
+    assert chips == ["1 To", "2 ␣be", "3 ,", "4 ⏎", "5 ⇥or", "6 ␣", "7 <", "8 b", "9 >"]
+    assert page(view._repr_html_()).p.get_text() == "9 tokens"
+
+
+def test_what_cannot_be_printed_is_shown_as_its_code():
+    view = token_view("a\u200b\x07", model=MODEL, client=Client())
+    assert "a\\u200b\\u0007" in page(view._repr_html_()).get_text().replace("1 ", "").replace(
+        "2 ", ""
+    ).replace("3 ", "")
+
+
+NEXT = {" mat": 0.5, " <sofa>": 0.25, " floor": 0.125}
+
+
+def rows_of(html):
+    return [[cell.get_text() for cell in row.select("th, td")][:2] for row in page(html).select("tbody tr")]
+
+
+def test_next_tokens_are_listed_with_their_probabilities_and_what_is_left():
+    view = next_token_view("The cat sat on the", model=MODEL, client=Client(next_tokens=NEXT))
+    assert view.probabilities == pytest.approx(NEXT)
+    assert rows_of(view._repr_html_()) == [
+        ["␣mat", "50.0%"],
+        ["␣<sofa>", "25.0%"],
+        ["␣floor", "12.5%"],
+        ["all others", "12.5%"],
+    ]
+
+
+def test_no_more_next_tokens_are_shown_than_asked_for():
+    view = next_token_view("The cat", k=1, model=MODEL, client=Client(next_tokens=NEXT))
+    assert rows_of(view._repr_html_()) == [["␣mat", "50.0%"], ["all others", "50.0%"]]
+
+
+def test_the_next_token_box_shows_what_was_typed_on_enter():
+    box = next_token_box(k=2, model=MODEL, client=Client(next_tokens=NEXT))
+    assert words_of(box) == ""
+    field = parts(box)["Text"]
+    field.value = "The cat"
+    press_enter(field)
+    assert rows_of(box.children[1].value)[0] == ["␣mat", "50.0%"]
+    field.value = ""
+    press_enter(field)
+    assert words_of(box) == "ValueError: the text must be a string with something in it, not ''"
+
+
+def test_the_next_token_box_begins_with_its_prompt():
+    box = next_token_box("The cat", model=MODEL, client=Client(next_tokens=NEXT))
+    assert "The␣cat" in words_of(box)
+
+
+@pytest.mark.parametrize("text", ["", None, 7])
+def test_views_need_text(text):
+    for view in (token_view, next_token_view):
+        with pytest.raises(ValueError, match="the text must be a string"):
+            view(text, model=MODEL, client=Client())
+
+
+def test_a_view_of_no_next_token_is_refused():
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        next_token_view("The cat", k=0, model=MODEL, client=Client())
