@@ -225,7 +225,7 @@ class Chat:
 
     def _complete(self, request: dict[str, Any], stream: bool) -> Generator[str, None, ChatCompletion]:
         """Make one request, yield its text in pieces if streamed, and return the completion."""
-        # Looked up each time, since a local endpoint that was left alone has gone, and starts again elsewhere.
+        # Looked up each time: a local endpoint that was left alone has gone, and starts again elsewhere.
         create = (self.client or backend.client()).chat.completions.create
         if not stream:
             return create(**request)
@@ -304,7 +304,7 @@ def message_html(message: Message) -> str:
 
 
 def _text_html(text: str) -> str:
-    return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(text)}</div>'
+    return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(text.strip())}</div>'
 
 
 def _message_text(message: Message) -> str:

@@ -1,0 +1,167 @@
+"""The `companion` command: one line for what succeeded, one line for what went wrong, never a traceback for bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="GPT for customer service and sales: the course's command.", no_args_is_help=True, add_completion=False)
+CHECKOUT = Path(__file__).parents[1]
+
+
+@app.command()
+def book(
+    out: Annotated[Path, typer.Option(help="Folder for the pages; made anew by each build.")] = Path("_build"),
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the pages on this machine and open the browser.")] = False,
+    port: Annotated[int, typer.Option(help="Port for --serve; 0 takes a free one.")] = 0,
+) -> None:
+    """Build the HTML book from clean and say where its pages are."""
+    script = _in_checkout("book/build.py")
+    if code := subprocess.run([sys.executable, str(script), str(out)]).returncode:
+        raise SystemExit(code)
+    if serve:
+        _serve_pages(out / "html", port)
+
+
+@app.command()
+def lab() -> None:
+    """Open JupyterLab on the chapters and exercises, with the local endpoint running."""
+    _in_checkout("chapters")
+    _needs("jupyterlab", "book")
+    from companion import backend
+
+    if backend.is_local():
+        backend.client()
+    raise SystemExit(subprocess.run([sys.executable, "-m", "jupyterlab", f"--notebook-dir={CHECKOUT}"]).returncode)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
+    token: Annotated[str | None, typer.Option(help="API key that clients must send; drawn if not given.")] = None,
+) -> None:
+    """Run an OpenAI-compatible endpoint in the foreground; prints OPENAI_BASE_URL and OPENAI_API_KEY."""
+    from companion.local import gateway, weights
+
+    for name in weights.MODELS:
+        weights.path(name)
+    gateway.serve(host=host, port=port, token=token, shared=False)
+
+
+@app.command()
+def chat(system: Annotated[str | None, typer.Option(help="Instructions for the model.")] = None) -> None:
+    """Talk to the model in the terminal; an empty line or Ctrl-D ends."""
+    from companion import Chat
+
+    conversation = Chat(system)
+    while True:
+        try:
+            text = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            text = ""
+        if not text:
+            return
+        try:
+            for piece in conversation.stream(text):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped; this turn is forgotten)", end="")
+        print()
+
+
+@app.command()
+def pull() -> None:
+    """Fetch the models (176 MB to download), and say where they are."""
+    from companion.local import weights
+
+    for name in weights.MODELS:
+        print(f"{name}: {weights.path(name)}")
+
+
+@app.command()
+def stop() -> None:
+    """End the local endpoint, if one runs."""
+    from companion.local import process
+
+    if endpoint := process.running():
+        process.stop(endpoint)
+        print(f"stopped the endpoint at {endpoint.base_url}")
+    else:
+        print("no endpoint is running")
+
+
+@app.command()
+def release(
+    source: Annotated[Path | None, typer.Argument(help="Folder of the solutions; the course's own if not given.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="Folder for the learner's notebooks.")] = None,
+) -> None:
+    """Make the learner's exercise notebooks from their solutions."""
+    from companion.grading.release import release as make
+
+    source = source or _in_checkout("exercises/solutions")
+    for file in make(source, target or source.parent):
+        print(f"wrote {file}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is missing here, and how to mend it."""
+    from companion import diagnosis
+
+    found = diagnosis.examine()
+    for finding in found:
+        print(finding)
+    raise SystemExit(0 if all(finding.good for finding in found) else 1)
+
+
+def _in_checkout(name: str) -> Path:
+    path = CHECKOUT / name
+    if not path.exists():
+        raise ValueError(f"{name} is not here: this command needs a clone of the course, installed with `pip install -e '.[all]'`")
+    return path
+
+
+def _needs(module: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise ValueError(f"{module} is not installed: run `pip install -e '.[{extra}]'`")
+
+
+def _serve_pages(pages: Path, port: int) -> None:
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), partial(Quiet, directory=str(pages))) as server:
+        address = f"http://127.0.0.1:{server.server_port}/"
+        print(f"{address}  (Ctrl-C ends)", flush=True)
+        webbrowser.open(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def main() -> None:
+    """The entry point: what a caller or the machine got wrong is said in one line."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("COMPANION_TRACEBACK"):
+            raise
+        raise SystemExit(f"companion: {error}") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "openai" or os.environ.get("COMPANION_TRACEBACK"):
+            raise
+        raise SystemExit(f"companion: {error}") from None
