@@ -1,10 +1,10 @@
 """Fernway, the company of the course: its catalogue, orders, policies and conversations, and their loaders.
 
-Fernway is an outdoor retailer in Bristol with a web shop, a workshop and six people in support. It does not exist:
-company, customers, orders and letters are invented, and its addresses end in `.example`, where nothing can live. All
-records agree with each other. An order's items add up to its total, a ticket about an order comes from the customer
-who placed it, and an article states the number that a good answer needs. In Fernway's world it is `TODAY`. Prices are
-in pounds with VAT, dates without a time zone.
+Fernway is an outdoor retailer in Bristol with a web shop, a workshop and six people in support. It does not
+exist: company, customers, orders and letters are invented, and its addresses end in `.example`, where
+nothing can live. All records agree with each other. An order's items add up to its total, a ticket about an
+order comes from the customer who placed it, and an article states the number that a good answer needs. In
+Fernway's world it is `TODAY`. Prices are in pounds with VAT, dates without a time zone.
 
     products() customers() orders() order_items()     the shop's tables, as pandas frames
     database()                                        the same tables in SQLite, to be changed without harm
@@ -12,10 +12,11 @@ in pounds with VAT, dates without a time zone.
     tickets()                                         600 letters to support, labelled and split
     dialogues() sales_calls() leads()                 conversations and enquiries
 
-Each call reads its files anew, so a change to what it returns changes nothing else. This module holds data and no
-behaviour: it looks nothing up, answers nobody and knows of no model.
+Each call reads its files anew, so a change to what it returns changes nothing else. This module holds data
+and no behaviour: it looks nothing up, answers nobody and knows of no model.
 
-The texts are under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/), the code under the package's licence.
+The texts are under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/), the code under the package's
+licence.
 """
 
 import csv
@@ -96,8 +97,9 @@ CREATE TABLE order_items (
 
 def products():
     """The 52 products: a frame with sku, name, category, price (GBP), stock (pieces), short (a sentence),
-    description, weight_g (grams), specs (a dict: sizes, colours, volume, ...; keys differ by product), goes_with
-    (skus, separated by spaces) and last_chance (bool: returned for exchange or store credit only)."""
+    description, weight_g (grams), specs (a dict: sizes, colours, volume, ...; keys differ by product),
+    goes_with (skus, separated by spaces) and last_chance (bool: returned for exchange or store credit only).
+    """
     frame = _table("products", price=float, stock=int, weight_g=int)
     frame["specs"] = frame["specs"].map(json.loads)
     frame["last_chance"] = frame["last_chance"] == "1"
@@ -105,30 +107,33 @@ def products():
 
 
 def customers():
-    """The 80 customers: a frame with customer_id, name, email, city, postcode, country (ISO 3166, two letters),
-    club ("trail_club" or "none") and since (date of the first visit)."""
+    """The 80 customers: a frame with customer_id, name, email, city, postcode, country (ISO 3166, two
+    letters), club ("trail_club" or "none") and since (date of the account)."""
     return _table("customers", dates=["since"])
 
 
 def orders():
-    """The 200 orders as they stand on `TODAY`: a frame with order_id, customer_id, placed, status ("processing",
-    "packed", "shipped", "delayed", "delivered", "lost", "returned", "refunded", "cancelled"), shipping ("standard",
-    "express"), shipping_cost and total (GBP), payment ("card", "paypal", "klarna"), carrier, tracking, shipped and
-    delivered. Dates that have not come are NaT, texts that are missing are ""."""
+    """The 200 orders as they stand on `TODAY`: a frame with order_id, customer_id, placed, status
+    ("processing", "packed", "shipped", "delayed", "delivered", "lost", "returned", "refunded",
+    "cancelled"), shipping ("standard", "express"), shipping_cost and total (GBP), payment ("card",
+    "paypal", "klarna"), carrier, tracking, shipped and delivered. Dates that have not come are NaT, texts
+    that are missing are "".
+    """
     return _table("orders", dates=["placed", "shipped", "delivered"], shipping_cost=float, total=float)
 
 
 def order_items():
-    """What the orders hold: a frame with order_id, sku, quantity, size, colour ("" where the product has none) and
-    unit_price (GBP). One row for each product of an order."""
+    """What the orders hold: a frame with order_id, sku, quantity, size, colour ("" where the product has
+    none) and unit_price (GBP). One row for each product of an order.
+    """
     return _table("order_items", quantity=int, unit_price=float)
 
 
 def articles(audience="public"):
     """Policy and help articles, sorted by id.
 
-    audience: "public" for what customers may read, "internal" for support's own rules, None for both. An assistant
-    that talks to customers should search the public ones only.
+    audience: "public" for what customers may read, "internal" for support's own rules, None for both. An
+    assistant that talks to customers should search the public ones only.
 
     Returns a list of dicts with id, title, audience, updated (ISO date) and text (Markdown).
     """
@@ -145,13 +150,14 @@ def articles(audience="public"):
 def tickets(split=None):
     """The 600 tickets, 50 for each of `INTENTS`, sorted by id.
 
-    split: "train" (420), "validation" (72), "test" (108), or None for all. Every intent has the same share in each,
-    and no ticket has a near twin on another side.
+    split: "train" (420), "validation" (72), "test" (108), or None for all. Every intent has the same share
+    in each, and no ticket has a near twin on another side.
 
-    Returns a frame with id, channel ("email", "chat", "web_form", "social"), language, customer_id, created, subject,
-    text, intent, second_intent, urgency ("low", "normal", "high"), sentiment ("positive", "neutral", "frustrated",
-    "angry"), slots (a dict of what the text states: order_id, product, size, colour, email, amount in GBP, date,
-    postcode, code, quantity, country), safety (bool: injury or danger) and split. What is missing is NaN.
+    Returns a frame with id, channel ("email", "chat", "web_form", "social"), language, customer_id,
+    created, subject, text, intent, second_intent, urgency ("low", "normal", "high"), sentiment ("positive",
+    "neutral", "frustrated", "angry"), slots (a dict of what the text states: order_id, product, size,
+    colour, email, amount in GBP, date, postcode, code, quantity, country), safety (bool: injury or danger)
+    and split. What is missing is NaN.
     """
     _check("split", split, _SPLITS)
     import pandas as pd
@@ -162,41 +168,45 @@ def tickets(split=None):
 
 
 def dialogues():
-    """The 60 conversations with support and sales: a list of dicts with id, kind ("service", "sales"), customer_id,
-    date, intent, outcome ("resolved", "refused", "escalated", "abandoned", "sold", "not_sold"), policies (ids of the
-    articles that were needed), order_id and messages, each with role ("user", "assistant") and content."""
+    """The 60 conversations with support and sales: a list of dicts with id, kind ("service", "sales"),
+    customer_id, date, intent, outcome ("resolved", "refused", "escalated", "abandoned", "sold",
+    "not_sold"), policies (ids of the articles that were needed), order_id and messages, each with role
+    ("user", "assistant") and content.
+    """
     return _records("dialogues")
 
 
 def leads():
-    """The 80 enquiries to sales: a list of dicts with id, created, source ("web_form", "phone", "trade_fair",
-    "referral", "email"), name, organisation, country, message, need (skus or categories), quantity (pieces of the
-    first need), budget (GBP), deadline (ISO date), decision_maker, stage ("new", "qualified", "quoted", "won", "lost"),
-    label and next_step. A field is None where the message does not say.
+    """The 80 enquiries to sales: a list of dicts with id, created, source ("web_form", "phone",
+    "trade_fair", "referral", "email"), name, organisation, country, message, need (skus or categories),
+    quantity (pieces of the first need), budget (GBP), deadline (ISO date), decision_maker, stage ("new",
+    "qualified", "quoted", "won", "lost"), label and next_step. A field is None where the message does not
+    say.
 
-    The label is "hot" where somebody can decide, knows what they need and has a date or a sum; "warm" where the need
-    is real and one of these is open; "cold" where little will come of it; "not_a_lead" for everything else, such as
-    spam, sellers, job seekers and tickets gone astray.
+    The label is "hot" where somebody can decide, knows what they need and has a date or a sum; "warm" where
+    the need is real and one of these is open; "cold" where little will come of it; "not_a_lead" for
+    everything else, such as spam, sellers, job seekers and tickets gone astray.
     """
     return _records("leads")
 
 
 def sales_calls():
-    """The 12 sales calls: a list of dicts with id, date, customer, organisation, turns, each with speaker ("rep",
-    "customer") and text, and crm, the note a good rep writes after it: need (skus), quantity (pieces of the first
-    need), budget (GBP), deadline (ISO date), objections and next_step."""
+    """The 12 sales calls: a list of dicts with id, date, customer, organisation, turns, each with speaker
+    ("rep", "customer") and text, and crm, the note a good rep writes after it: need (skus), quantity
+    (pieces of the first need), budget (GBP), deadline (ISO date), objections and next_step.
+    """
     return _records("sales_calls")
 
 
 def database(path=":memory:"):
     """The four tables in a new SQLite database, with their constraints.
 
-    path: where to write it; by default it lives in memory and ends with the connection. Every call starts from the
-    same state, so what one lesson changes, the next one does not see.
+    path: where to write it; by default it lives in memory and ends with the connection. Every call starts
+    from the same state, so what one lesson changes, the next one does not see.
 
-    Returns a `sqlite3.Connection` whose rows are `sqlite3.Row` and whose foreign keys are enforced. Columns are those
-    of the frames; dates are ISO texts, `specs` is JSON text, what is missing is NULL. Raises FileExistsError where
-    `path` exists.
+    Returns a `sqlite3.Connection` whose rows are `sqlite3.Row` and whose foreign keys are enforced. Columns
+    are those of the frames; dates are ISO texts, `specs` is JSON text, what is missing is NULL. Raises
+    FileExistsError where `path` exists.
     """
     if str(path) != ":memory:" and Path(path).exists():
         raise FileExistsError(f"{path} exists already: choose another path, or delete it first")
