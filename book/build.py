@@ -1,12 +1,13 @@
 """Build the book: `python book/build.py OUT` makes OUT/index.html.
 
 The pages show the outputs that are stored in the notebooks; nothing is executed. Each build starts from
-nothing, in a temporary folder, and takes the place of OUT only when it succeeded without a warning. An existing
-OUT is replaced only if it is empty or an earlier build of this book.
+nothing, in a temporary folder, and takes the place of OUT only when it succeeded without a warning. An
+existing OUT is replaced only if it is empty or an earlier build of this book.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,20 +59,20 @@ def run_jupyter_book(folder: Path) -> Path:
             *("--config", BOOK / "_config.yml", "--toc", BOOK / "_toc.yml"),
             *("-W", "-n", "--keep-going"),
         ],
-        env=os.environ | {"NO_COLOR": "1", "PYTHONUTF8": "1"},
+        env=os.environ | {"PYTHONUTF8": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         encoding="utf-8",
     )
     if run.returncode:
+        report = re.sub(r"\x1b\[[0-9;]*m", "", run.stdout)
         descriptor, log = tempfile.mkstemp(prefix="book-", suffix=".log")
         with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(run.stdout)
-        lines = [line.strip() for line in run.stdout.splitlines()]
-        causes = [line for line in lines if "WARNING:" in line or "ERROR:" in line or "Error:" in line]
-        first = causes[0] if causes else "Jupyter Book failed"
-        raise BuildError(f"the book was not built: {first} (1 of {max(len(causes), 1)}; see {log})")
+            file.write(report)
+        causes = [line for line in report.splitlines() if re.search(r"WARNING: |ERROR: |\w+Error: ", line)]
+        first = causes[0].strip() if causes else "Jupyter Book failed"
+        raise BuildError(f"the book was not built: {first} (1 of {len(causes) or 1}; see {log})")
     return folder / "_build" / "html"
 
 

@@ -95,9 +95,9 @@ class Chat:
             raises is sent as an error, so that the model can go on.
         max_steps: requests to the model in one turn, at most.
         max_context_tokens: the most tokens that a prompt may have. Where it would be longer, the oldest turns
-            are left out of it, whole; system messages and the newest turn always stay. How long a prompt is
-            follows from its characters and the tokens per character of the last reply's usage, so the first
-            is sent as it is.
+            are left out of it, whole; system messages and the newest turn always stay. How long a prompt will
+            be is estimated from its characters, at the most tokens per character that a reply's usage has
+            shown so far. So the first prompt is sent as it is, and one of a denser text can be a little over.
         prices: cost of a million tokens, (input, output), for `cost`.
         **options: passed with each request: temperature, max_tokens, seed, response_format, …
 
@@ -165,8 +165,8 @@ class Chat:
     def stream(self, text: str, **options: Any) -> Iterator[str]:
         """Like `ask`, but yield the reply's text in pieces, as they come.
 
-        The turn is remembered once the last piece was taken. Raises what `ask` raises, and RuntimeError where
-        the endpoint stops before the reply is complete.
+        The turn is remembered once the stream was read to its end. Raises what `ask` raises, and RuntimeError
+        where the endpoint stops before the reply is complete.
         """
         _check_text(text, "text")
         turn = self._take_turn(text, self._check_options(options), stream=True)
@@ -245,11 +245,12 @@ class Chat:
         return state.current_completion_snapshot
 
     def _count(self, completion: ChatCompletion, context: list[Message]) -> Usage:
-        """Add a completion's usage to the total, and learn from it how many tokens a character takes."""
+        """Add a completion's usage to the total, and learn from it how many tokens a character can take."""
         usage = Usage(requests=1)
         if completion.usage:
             usage = Usage(completion.usage.prompt_tokens, completion.usage.completion_tokens, 1)
-            self._tokens_per_character = usage.prompt / self._characters(context)
+            measured = usage.prompt / self._characters(context)
+            self._tokens_per_character = max(measured, self._tokens_per_character)
         self.usage += usage
         return usage
 

@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 @app.command()
 def book(
-    out: Annotated[Path, typer.Option(help="Folder for the pages; made anew by each build.")] = Path("_build"),
+    out: Annotated[Path, typer.Option(help="Folder for the pages; made anew by each build.")] = Path("_build/html"),
     serve: Annotated[bool, typer.Option("--serve", help="Serve the pages on this machine and open the browser.")] = False,
     port: Annotated[int, typer.Option(help="Port for --serve; 0 takes a free one.")] = 0,
 ) -> None:
@@ -26,7 +26,7 @@ def book(
     if code := subprocess.run([sys.executable, str(script), str(out)]).returncode:
         raise SystemExit(code)
     if serve:
-        _serve_pages(out / "html", port)
+        _serve_pages(out, port)
 
 
 @app.command()

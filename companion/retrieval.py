@@ -67,11 +67,12 @@ class Index:
     """Documents, cut into `chunks` and ready to be searched.
 
     - "bm25" scores by shared words, as they are written, without stemming: Robertson & Zaragoza 2009, The
-      Probabilistic Relevance Framework, eq. 3.15, with log(1 + (N - n + 0.5) / (n + 0.5)) for a word in n of
-      N chunks, which stays positive for common words. A chunk that shares no word with the query is not
-      found.
-    - "embeddings" scores by the cosine of the query's vector and the chunk's, from -1 to 1. - "hybrid" adds 1
-    / (rrf_k + rank) over both rankings: reciprocal rank fusion, Cormack, Clarke & Büttcher 2009.
+      Probabilistic Relevance Framework: BM25 and Beyond, section 3.4, with log(1 + (N - n + 0.5) / (n + 0.5))
+      for a word in n of N chunks, which stays positive for common words. A chunk that shares no word with the
+      query is not found.
+    - "embeddings" scores by the cosine of the query's vector and the chunk's, from -1 to 1.
+    - "hybrid" adds 1 / (rrf_k + rank) over both rankings: reciprocal rank fusion, Cormack, Clarke & Büttcher
+      2009.
 
     Args:
         documents: records with the strings "id" (each once), "title" and "text"; other fields are ignored.
@@ -145,12 +146,8 @@ class Index:
         import numpy as np
 
         header = {"format": _FORMAT, "method": self.method, "model": self.model}
-        header |= {
-            "k1": self.k1,
-            "b": self.b,
-            "rrf_k": self.rrf_k,
-            "chunks": [asdict(c) for c in self.chunks],
-        }
+        header |= {"k1": self.k1, "b": self.b, "rrf_k": self.rrf_k}
+        header["chunks"] = [asdict(chunk) for chunk in self.chunks]
         arrays = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
         if self._vectors is not None:
             arrays["vectors"] = self._vectors
@@ -171,14 +168,12 @@ class Index:
 
         Args:
             path: the file.
-            model: the embedding model for the queries, which must be the index's; the backend's default if
-            None.
+            model: the embedding model, which must be the one of the index; the backend's default if None.
             client: an `openai.OpenAI`; the backend's if None.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no index, one of another format version, or one made with another embedding
-        model.
+            ValueError: it is no index, or one of another format version or embedding model.
         """
         import numpy as np
 
@@ -188,17 +183,14 @@ class Index:
                 vectors = arrays.get("vectors")
         except OSError:
             raise
-        except (
-            Exception
-        ) as error:  # numpy, zipfile and json each have their own for a file that is something else
+        except Exception as error:  # numpy, zipfile and json each raise their own
             raise ValueError(f"{path} is no index, or not a whole one: build it again and save it") from error
         if header.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is not of the format {_FORMAT!r}: build the index again and save it")
         index = cls.__new__(cls)
         stored_model = header.pop("model")
-        index._set_up(
-            **header | {"chunks": [Chunk(**chunk) for chunk in header["chunks"]]}, model=model, client=client
-        )
+        chunks = [Chunk(**chunk) for chunk in header.pop("chunks")]
+        index._set_up(chunks, model=model, client=client, **header)
         if index.model != stored_model:
             raise ValueError(
                 f"{path} was made with the embedding model {stored_model!r}, which cannot be compared "

@@ -102,7 +102,7 @@ class Client:
             tokens = re.findall(r"\s?\w+|\s|[^\w\s]", prompt)
             found = {"tokens": tokens, "token_logprobs": [-1.0] * len(tokens)}
         else:
-            likeliest = sorted(self.next_tokens.items(), key=lambda item: -item[1])[:logprobs]
+            likeliest = sorted(self.next_tokens.items(), key=lambda item: -item[1])[: logprobs + 1]
             found = {"tokens": [likeliest[0][0]], "top_logprobs": [{t: math.log(p) for t, p in likeliest}]}
         choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": found}
         return Completion.model_validate(

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import tempfile
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -147,7 +148,10 @@ def test_build_replaces_an_earlier_build_and_leaves_nothing_else_behind(copy, tm
     ],
     ids=["page", "anchor", "citation", "remote image", "missing image", "mathematics"],
 )
-def test_build_fails_on_what_would_be_broken_and_keeps_the_earlier_build(copy, tmp_path, text, complaint):
+def test_build_fails_on_what_would_be_broken_and_keeps_the_earlier_build(
+    copy, tmp_path, monkeypatch, text, complaint
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     earlier = tmp_path / "html"
     earlier.mkdir()
     module = build_module(copy)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -298,6 +299,51 @@ def test_a_turn_longer_than_the_budget_is_sent_alone_with_the_system_message():
     chat.ask("Hello")
     chat.ask("word " * 100)
     assert roles(chat.client.requests[1]["messages"]) == ["system", "user"]
+
+
+# With a real model
+
+
+def test_a_real_model_is_asked_and_streamed_and_its_tokens_counted(client):
+    chat = Chat("Be brief.", client=client, temperature=0, max_tokens=8)
+    reply = chat.ask("What is a tent?")
+    assert reply.text and reply.text == chat.messages[-1]["content"]
+    assert 1 <= reply.usage.completion <= 8 < reply.usage.prompt
+    assert "".join(chat.stream("And a boot?")) == chat.messages[-1]["content"]
+    assert chat.usage.requests == 2
+    assert chat.usage.prompt > 2 * reply.usage.prompt
+    assert reply.usage.completion < chat.usage.completion <= reply.usage.completion + 8
+
+
+def test_prompts_stay_within_the_budget_as_a_real_model_counts_them(client):
+    chat = Chat("Be brief.", client=client, max_context_tokens=100, temperature=0, max_tokens=4)
+    said = [
+        "Tell me about tents for a rainy week.",
+        "49.90 or 129.95 EUR?",
+        "{'order': 77, 'items': ['A1']}",
+        "ok",
+    ]
+    prompts = [chat.ask(text).usage.prompt for text in [*said, *said[:2]]]
+    assert 70 < max(prompts) <= 100
+    assert roles(chat.context)[:2] == ["system", "user"]
+    assert len(chat.context) < len(chat.messages) - 2
+
+
+def test_a_real_model_calls_a_tool_and_is_told_the_result(client):
+    asked = []
+
+    def look_up_order(order_id: str) -> str:
+        """Look up an order by its number."""
+        asked.append(order_id)
+        return "packed"
+
+    chat = Chat(client=client, tools=[look_up_order], max_steps=2, temperature=0, max_tokens=60)
+    # A small model may go on calling instead of answering; that the endpoint took the result is what counts.
+    with contextlib.suppress(RuntimeError):
+        chat.ask("Where is order 1234?", tool_choice="required")
+    assert asked[0] == "1234"
+    assert chat.usage.requests == 2
+    assert roles(chat.context) == ["user", "assistant", "tool"]
 
 
 # What it refuses

@@ -119,6 +119,21 @@ def test_what_cannot_be_printed_is_shown_as_its_code():
     ).replace("3 ", "")
 
 
+def test_a_real_models_tokens_make_up_the_text(client):
+    text = "To be,\n\tor not: naïve 🙂"
+    view = token_view(text, client=client)
+    assert "".join(view.tokens) == text
+    assert 8 <= len(view.tokens) < len(text)
+
+
+def test_a_real_model_weighs_its_next_tokens(client):
+    probabilities = next_token_view("The capital of France is", k=5, client=client).probabilities
+    assert next(iter(probabilities)) == " Paris"
+    assert len(probabilities) == 5
+    assert 0.5 < sum(probabilities.values()) <= 1
+    assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+
+
 NEXT = {" mat": 0.5, " <sofa>": 0.25, " floor": 0.125}
 
 

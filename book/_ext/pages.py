@@ -98,8 +98,10 @@ def mend_body(soup):
     """Name what has no name, hide what is only ornament, keep one first-level heading."""
     for icon in soup.select("i[class*=fa-], span[class*=fa-]"):
         icon["aria-hidden"] = "true"
-    for button in soup.select("button[title]:not([aria-label])"):
+    for button in soup.select("button[title]"):
         button["aria-label"] = button["title"]
+        if button.get_text(strip=True):
+            del button["aria-label"]
     for heading in soup.select("#jb-print-docs-body h1, #jb-print-docs-body h2"):
         heading.name = "p"
     for selector, name in NAMES.items():
@@ -109,6 +111,9 @@ def mend_body(soup):
                 element["role"] = "complementary"
     for cell in soup.select("article thead th"):
         cell["scope"] = "col"
+        if not cell.get_text(strip=True):
+            cell.name = "td"
+            del cell["scope"]
     if (header := soup.select_one("#pst-header")) and not header.get_text(strip=True):
         header["role"] = "presentation"
 
