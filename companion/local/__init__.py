@@ -1,1 +1,1 @@
-"""Behind the wall: the OpenAI API, served on this machine by llama.cpp. Nothing here knows of chapters or shops."""
+"""Behind the wall: the OpenAI API, served on this machine by llama.cpp. It knows no chapters and no shops."""

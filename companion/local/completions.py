@@ -1,22 +1,27 @@
 """Chat completions, text completions and embeddings: from OpenAI's request to llama.cpp's, and back.
 
-Nothing here is stored. A request that asks for `n` answers is computed as n requests side by side, with seeds that
-follow each other. What is sampled is what the parameters say: llama.cpp's own filters (top-k, min-p) are off.
+Nothing here is stored. A request that asks for `n` answers is computed as n requests side by side, with seeds
+that follow each other. What is sampled is what the parameters say: llama.cpp's own filters (top-k, min-p) are
+off.
 """
 
 import asyncio
 import json
+import re
+import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from typing import Any
 
 import httpx
 
 from . import toolcalls
 from .engine import CONTEXT, EMBEDDING_CONTEXT, Engine
-from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, ResponseFormat
+from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, Penalised, ResponseFormat
 
+PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
 LONGEST_ANSWER = 1024  # tokens, where the request sets no limit: a small model may never stop by itself
 
 
@@ -28,22 +33,41 @@ class Upstream:
 
     async def post(self, engine: Engine, route: str, body: dict) -> dict:
         """llama.cpp's answer; its errors are raised as OpenAI's."""
-        reply = await self.http.post(engine.address + route, json=body)
+        reply = await self.http.post(engine.address + route, json=body, headers=engine.headers)
         if reply.status_code != 200:
-            raise _refused(reply.status_code, reply.content)
+            raise _refused(reply.status_code, reply.content, PROMPTS.get(route))
         return reply.json()
 
-    async def events(self, engine: Engine, body: dict, stack: AsyncExitStack) -> AsyncIterator[bytes]:
-        """The data of llama.cpp's server-sent events, [DONE] left out; closing `stack` frees the slot.
+    async def generate(self, engine: Engine, route: str, body: dict) -> dict:
+        """llama.cpp's answer, once there is room for it."""
+        async with self._room(engine, body):
+            return await self.post(engine, route, body)
+
+    @asynccontextmanager
+    async def stream(self, engine: Engine, body: dict) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The data of llama.cpp's server-sent events, [DONE] left out; leaving frees the slot.
 
         Awaits the reply's head, so that a refusal is raised before anything is sent on.
         """
-        reply = await stack.enter_async_context(
-            self.http.stream("POST", engine.address + "/v1/chat/completions", json=body)
-        )
-        if reply.status_code != 200:
-            raise _refused(reply.status_code, await reply.aread())
-        return _events(reply)
+        route = "/v1/chat/completions"
+        asked = self.http.stream("POST", engine.address + route, json=body, headers=engine.headers)
+        async with self._room(engine, body), asked as reply:
+            if reply.status_code != 200:
+                raise _refused(reply.status_code, await reply.aread(), PROMPTS[route])
+            yield _events(reply)
+
+    @asynccontextmanager
+    async def _room(self, engine: Engine, body: dict) -> AsyncIterator[None]:
+        prompt, param = body.get("prompt"), "prompt"
+        if "messages" in body:
+            templated = await self.post(engine, "/apply-template", {"messages": body["messages"]})
+            prompt, param = templated["prompt"], "messages"
+        asked = {"content": prompt, "add_special": True, "parse_special": True}
+        tokens = len((await self.post(engine, "/tokenize", asked))["tokens"])
+        if tokens >= CONTEXT:
+            raise too_long(CONTEXT, tokens, param)
+        async with engine.room.taken(tokens + body["max_tokens"]):
+            yield
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
@@ -55,48 +79,52 @@ async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
                 yield event[6:]
 
 
-def _refused(status: int, content: bytes) -> ApiError:
+def _refused(status: int, content: bytes, param: str | None) -> ApiError:
     try:
         error = json.loads(content)["error"]
     except (ValueError, KeyError):
         error = {"message": f"the engine answered {status}"}
     if error.get("type") == "exceed_context_size_error":
-        return too_long(error["n_ctx"], error["n_prompt_tokens"])
-    if "too large to process" in error["message"]:  # llama.cpp's word for a text that is longer than its batch
-        return ApiError(
-            f"This model's maximum context length is {EMBEDDING_CONTEXT} tokens. Please shorten the input.",
-            param="input",
-            code="context_length_exceeded",
+        return too_long(error["n_ctx"], error["n_prompt_tokens"], param)
+    if (
+        "too large to process" in error["message"]
+    ):  # llama.cpp's word for a text that is longer than its batch
+        message = (
+            f"This model's maximum context length is {EMBEDDING_CONTEXT} tokens. Please shorten the {param}."
         )
+        return ApiError(message, param=param, code="context_length_exceeded")
     if status < 500:
-        return ApiError(error["message"])
+        return ApiError(error["message"], param=param, code="invalid_value")
     return ApiError(error["message"], status=500, type="server_error")
 
 
-def too_long(limit: int, tokens: int) -> ApiError:
+def too_long(limit: int, tokens: int, param: str | None) -> ApiError:
     return ApiError(
-        f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens. "
-        "Please reduce the length of the messages.",
-        param="messages",
+        f"This model's maximum context length is {limit} tokens. However, your {param} resulted in {tokens} "
+        f"tokens. Please reduce the length of the {param}.",
+        param=param,
         code="context_length_exceeded",
     )
 
 
-# --- chat completions -------------------------------------------------------------------------------------------------
+# --- chat completions ---------------------------------------------------------------------------------------
 
 
 def engine_body(request: ChatRequest) -> dict[str, Any]:
     """llama.cpp's request for one answer. Raises ApiError for what cannot be served."""
-    if request.top_logprobs is not None and not request.logprobs:
-        raise ApiError(
-            "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.", param="top_logprobs", code="invalid_value"
-        )
+    for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
+        if getattr(request, name) is not None and not getattr(request, needed):
+            message = f"The '{name}' parameter is only allowed when '{needed}' is enabled."
+            raise ApiError(message, param=name, code="invalid_value")
     for name in ("functions", "function_call", "audio"):
         if (request.model_extra or {}).get(name) is not None:
-            raise ApiError(f"Unsupported parameter: '{name}'. Use 'tools'.", param=name, code="unsupported_parameter")
+            raise ApiError(
+                f"Unsupported parameter: '{name}'. Use 'tools'.", param=name, code="unsupported_parameter"
+            )
     tools = [] if request.tool_choice == "none" else request.tools or []
     if request.tool_choice not in (None, "none") and not tools:
-        raise ApiError("'tool_choice' is only allowed when 'tools' are specified.", param="tool_choice")
+        message = "'tool_choice' is only allowed when 'tools' are specified."
+        raise ApiError(message, param="tool_choice", code="invalid_value")
     body = sampling(request) | {
         "model": request.model,
         "messages": toolcalls.plain_messages(request.messages, tools),
@@ -104,38 +132,46 @@ def engine_body(request: ChatRequest) -> dict[str, Any]:
     }
     if request.logprobs:
         body["logprobs"] = True
-        body["top_logprobs"] = request.top_logprobs or 0
+        body["top_logprobs"] = request.top_logprobs or 1  # asked for none, llama.cpp gives no logprobs at all
     grammar = format_grammar(request.response_format) if request.response_format else None
     if call := toolcalls.call_grammar(tools, request.tool_choice):
         if grammar:
-            raise ApiError("'tools' and 'response_format' cannot be combined here: ask for one of them.", param="response_format")
+            message = "'tools' and 'response_format' cannot be combined here: ask for one of them."
+            raise ApiError(message, param="response_format", code="unsupported_parameter")
         grammar = checked(call, "tools", "invalid_function_parameters")
     if grammar:
         body["grammar"] = grammar
     return body
 
 
-def sampling(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
+def sampling(request: Penalised) -> dict[str, Any]:
     """The sampling parameters that both APIs share, with OpenAI's defaults."""
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stop) > 4:
-        raise ApiError(f"Invalid 'stop': at most 4 sequences, got {len(stop)}.", param="stop", code="array_above_max_length")
+        message = f"Invalid 'stop': at most 4 sequences, got {len(stop)}."
+        raise ApiError(message, param="stop", code="array_above_max_length")
+    if not all(stop):
+        raise ApiError("Invalid 'stop': a sequence must not be empty.", param="stop", code="invalid_value")
     body: dict[str, Any] = {
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "top_k": 0,
         "min_p": 0.0,
         "repeat_last_n": CONTEXT,
+        # A prompt that is partly remembered is computed in other steps, and rounds differently: what is asked
+        # to be repeatable is computed whole.
+        "cache_prompt": request.seed is None and request.temperature != 0,
         "stop": stop,
     }
     if request.seed is not None:
         body["seed"] = request.seed % 2**32
     for name in ("presence_penalty", "frequency_penalty"):
-        if (value := getattr(request, name, None)) is not None:
+        if (value := getattr(request, name)) is not None:
             body[name] = value
-    if bias := getattr(request, "logit_bias", None):
-        if not all(token.isdigit() for token in bias):
-            raise ApiError("Invalid key in 'logit_bias': keys are token ids.", param="logit_bias", code="invalid_value")
+    if bias := request.logit_bias:
+        if not all(re.fullmatch("[0-9]{1,9}", token) for token in bias):
+            message = "Invalid key in 'logit_bias': keys are token ids."
+            raise ApiError(message, param="logit_bias", code="invalid_value")
         body["logit_bias"] = [[int(token), value if value > -100 else False] for token, value in bias.items()]
     return body
 
@@ -155,81 +191,79 @@ def format_grammar(wanted: ResponseFormat) -> str | None:
     else:
         schema = wanted.json_schema.schema_
         if wanted.json_schema.strict:
-            _check_strict(schema, wanted.json_schema.name, ())
+            toolcalls.check_strict(schema, f"response_format {wanted.json_schema.name!r}", "response_format")
     schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
-    return checked(f"%llguidance {{}}\nstart: %json {json.dumps(schema)}", "response_format", "invalid_json_schema")
+    return checked(
+        f"%llguidance {{}}\nstart: %json {json.dumps(schema)}", "response_format", "invalid_json_schema"
+    )
 
 
 def checked(grammar: str, param: str, code: str) -> str:
-    """The grammar itself. llama.cpp passes over one that it cannot use and answers freely; here it is an error."""
+    """The grammar itself. llama.cpp passes over one that it cannot use; here it is an error."""
     from llguidance import LLMatcher
 
-    if problem := LLMatcher.validate_grammar(grammar):
-        reason = problem.splitlines()[0].split("failed to compile JSON schema: ")[-1]
-        raise ApiError(f"Invalid schema for {param}: {reason}.", param=param, code=code)
-    return grammar
+    matcher = LLMatcher(_byte_tokens(), grammar, log_level=0)
+    if matcher.is_error():
+        reason = matcher.get_error().splitlines()[0].split("failed to compile JSON schema: ")[-1]
+    elif too_many := [n for n in re.findall(r'"(?:min|max)Items": (\d+)', grammar) if int(n) > CONTEXT]:
+        reason = f"no array can have {too_many[0]} items in a context of {CONTEXT} tokens"
+    elif matcher.compute_bitmask() and matcher.is_stopped():
+        reason = "no text satisfies it"
+    else:
+        return grammar
+    raise ApiError(f"Invalid schema for {param}: {reason}.", param=param, code=code)
 
 
-def _check_strict(schema: Any, name: str, context: tuple) -> None:
-    """The rules of `strict`: every object closes itself and requires all of its properties."""
-    if isinstance(schema, list):
-        for number, part in enumerate(schema):
-            _check_strict(part, name, (*context, str(number)))
-    if not isinstance(schema, dict):
-        return
-    properties = schema.get("properties", {}) if isinstance(schema.get("properties", {}), dict) else {}
-    if schema.get("type") == "object" or properties:
-        problem = None
-        if schema.get("additionalProperties") is not False:
-            problem = "'additionalProperties' is required to be supplied and to be false"
-        elif missing := [key for key in properties if key not in schema.get("required", [])]:
-            problem = f"'required' is required to include every key in properties. Missing {missing[0]!r}"
-        if problem:
-            raise ApiError(
-                f"Invalid schema for response_format {name!r}: In context={context}, {problem}.",
-                param="response_format",
-                code="invalid_json_schema",
-            )
-    for key, value in schema.items():
-        if key not in ("enum", "const", "default", "examples"):
-            _check_strict(value, name, (*context, key))
+@cache
+def _byte_tokens():
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
 
 
 def several(body: dict, n: int) -> list[dict]:
     """The same request n times, each with a seed of its own where a seed is set."""
-    return [body | ({"seed": (body["seed"] + number) % 2**32} if "seed" in body else {}) for number in range(n)]
+    return [
+        body | ({"seed": (body["seed"] + number) % 2**32} if "seed" in body else {}) for number in range(n)
+    ]
 
 
 async def chat(upstream: Upstream, engine: Engine, request: ChatRequest) -> dict:
     """A whole chat completion, as the SDK's `ChatCompletion` reads it."""
     bodies = several(engine_body(request), request.n or 1)
-    answers = await asyncio.gather(*(upstream.post(engine, "/v1/chat/completions", body) for body in bodies))
+    answers = await asyncio.gather(
+        *(upstream.generate(engine, "/v1/chat/completions", body) for body in bodies)
+    )
     first = answers[0]
     first["choices"] = [
-        _choice(answer["choices"][0], number, bool(request.tools)) for number, answer in enumerate(answers)
+        _choice(answer["choices"][0], number, request) for number, answer in enumerate(answers)
     ]
     first["usage"] = _added([answer["usage"] for answer in answers])
     first.pop("timings", None)
     return first
 
 
-def _choice(choice: dict, index: int, tools: bool) -> dict:
+def _choice(choice: dict, index: int, request: ChatRequest) -> dict:
     text = choice["message"]["content"] or ""
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
     finish = choice["finish_reason"]
-    if tools and text.startswith(toolcalls.OPEN):
+    if request.tools and toolcalls.begins_call(text):
+        message["content"] = None  # also where max_tokens cut it off: half a call is no call, and no text
         if call := toolcalls.read_call(text):
-            message |= {"content": None, "tool_calls": [call]}
+            message["tool_calls"] = [call]
             finish = "tool_calls"
-        else:  # cut off by max_tokens: half a call is no call
-            message["content"] = None
-    return {"index": index, "message": message, "finish_reason": finish, "logprobs": _logprobs(choice)}
+    logprobs = _logprobs(choice, request)
+    return {"index": index, "message": message, "finish_reason": finish, "logprobs": logprobs}
 
 
-def _logprobs(choice: dict) -> dict | None:
+def _logprobs(choice: dict, request: ChatRequest) -> dict | None:
     if not choice.get("logprobs"):
         return None
-    content = [_token(item) | {"top_logprobs": [_token(t) for t in item["top_logprobs"]]} for item in choice["logprobs"]["content"]]
+    content = [
+        _token(item)
+        | {"top_logprobs": [_token(t) for t in item["top_logprobs"][: request.top_logprobs or 0]]}
+        for item in choice["logprobs"]["content"]
+    ]
     return {"content": content, "refusal": None}
 
 
@@ -248,29 +282,47 @@ def _added(usages: list[dict]) -> dict:
     }
 
 
-async def chat_stream(upstream: Upstream, engine: Engine, request: ChatRequest, stack: AsyncExitStack) -> AsyncIterator[bytes]:
-    """The events of a streamed chat completion, `data: …` lines ready to send, as `ChatCompletionChunk` reads them.
+async def chat_stream(
+    upstream: Upstream, engine: Engine, request: ChatRequest, stack: AsyncExitStack
+) -> AsyncIterator[bytes]:
+    """The events of a streamed chat completion, `data: …` lines ready to send, as `ChatCompletionChunk` reads
+    them.
 
     Raises ApiError before the first event where the request is refused.
     """
-    bodies = [body | {"stream": True, "stream_options": {"include_usage": True}} for body in several(engine_body(request), request.n or 1)]
-    sources = [await upstream.events(engine, body, stack) for body in bodies]
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    bodies = [body | more for body in several(engine_body(request), request.n or 1)]
     usage = bool(request.stream_options and request.stream_options.include_usage)
-    if len(sources) == 1 and not request.tools:
-        return _relayed(sources[0], usage)
-    return _merged(sources, usage, bool(request.tools))
+    first = await stack.enter_async_context(AsyncExitStack())
+    source = await first.enter_async_context(upstream.stream(engine, bodies[0]))
+    if len(bodies) == 1 and not request.tools:
+        return _relayed(source, usage, request)
+
+    async def begun() -> AsyncIterator[bytes]:
+        async with first:
+            async for data in source:
+                yield data
+
+    async def another(body: dict) -> AsyncIterator[bytes]:
+        async with upstream.stream(engine, body) as data_of_this:
+            async for data in data_of_this:
+                yield data
+
+    return _merged([begun(), *(another(body) for body in bodies[1:])], usage, request)
 
 
-async def _relayed(source: AsyncIterator[bytes], usage: bool) -> AsyncIterator[bytes]:
+async def _relayed(source: AsyncIterator[bytes], usage: bool, request: ChatRequest) -> AsyncIterator[bytes]:
     async for data in source:
-        if data.startswith(b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"'):
+        if not request.logprobs and data.startswith(
+            b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"'
+        ):
             yield b"data: " + data + b"\n\n"  # nearly every event: a piece of text, already in OpenAI's form
-        elif chunk := _chunk(json.loads(data), 0, usage):
+        elif chunk := _chunk(json.loads(data), 0, usage, request):
             yield _event(chunk)
     yield b"data: [DONE]\n\n"
 
 
-def _chunk(chunk: dict, index: int, usage: bool) -> dict | None:
+def _chunk(chunk: dict, index: int, usage: bool, request: ChatRequest) -> dict | None:
     """A chunk without what is llama.cpp's own; None for a usage that was not asked for."""
     if "error" in chunk:
         return {"error": {"type": "server_error", "param": None, "code": None} | chunk["error"]}
@@ -280,7 +332,7 @@ def _chunk(chunk: dict, index: int, usage: bool) -> dict | None:
         chunk["usage"] = _added([chunk["usage"]])
     for choice in chunk["choices"]:
         choice["index"] = index
-        choice["logprobs"] = _logprobs(choice)
+        choice["logprobs"] = _logprobs(choice, request)
         if choice["delta"].get("role"):
             choice["delta"]["content"] = choice["delta"].get("content") or ""
     chunk.pop("timings", None)
@@ -291,7 +343,9 @@ def _event(chunk: dict) -> bytes:
     return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def _merged(sources: list[AsyncIterator[bytes]], usage: bool, tools: bool) -> AsyncIterator[bytes]:
+async def _merged(
+    sources: list[AsyncIterator[bytes]], usage: bool, request: ChatRequest
+) -> AsyncIterator[bytes]:
     """Several answers as one stream; a tool call is held back until it is whole."""
     queue: asyncio.Queue[tuple[int, dict | None]] = asyncio.Queue()
     frame: dict[str, Any] = {}
@@ -299,8 +353,10 @@ async def _merged(sources: list[AsyncIterator[bytes]], usage: bool, tools: bool)
     async def drain(index: int, source: AsyncIterator[bytes]) -> None:
         try:
             chunks = (json.loads(data) async for data in source)
-            async for chunk in _with_calls(chunks) if tools else chunks:
+            async for chunk in _with_calls(chunks) if request.tools else chunks:
                 await queue.put((index, chunk))
+        except ApiError as error:
+            await queue.put((index, error.body))
         finally:
             await queue.put((index, None))
 
@@ -316,7 +372,7 @@ async def _merged(sources: list[AsyncIterator[bytes]], usage: bool, tools: bool)
             frame = frame or {key: chunk[key] for key in ("id", "created", "model", "object") if key in chunk}
             if "error" not in chunk and not chunk["choices"]:
                 usages.append(chunk["usage"])
-            elif chunk := _chunk(chunk, index, usage):
+            elif chunk := _chunk(chunk, index, usage, request):
                 yield _event(chunk | frame)
         if usage and usages:
             yield _event(frame | {"choices": [], "usage": _added(usages)})
@@ -340,12 +396,12 @@ async def _with_calls(chunks: AsyncIterator[dict]) -> AsyncIterator[dict]:
                 choice["delta"] = {"tool_calls": [{"index": 0} | call]}
                 yield _copied(chunk, choice["delta"], None)
                 choice["finish_reason"] = "tool_calls"
-            elif not held.startswith(toolcalls.OPEN):
+            elif not toolcalls.begins_call(held):
                 yield _copied(chunk, {"content": held}, None)
             yield _copied(chunk, {}, choice["finish_reason"])
         elif choice["delta"].get("role"):
             yield _copied(chunk, {"role": "assistant", "content": None}, None)
-        elif not (toolcalls.OPEN.startswith(held) or held.startswith(toolcalls.OPEN)):
+        elif not toolcalls.begins_call(held):
             holding = False
             yield _copied(chunk, {"content": held}, None)
 
@@ -354,17 +410,19 @@ def _copied(chunk: dict, delta: dict, finish: str | None) -> dict:
     return chunk | {"choices": [chunk["choices"][0] | {"delta": delta, "finish_reason": finish}]}
 
 
-# --- text completions and embeddings ----------------------------------------------------------------------------------
+# --- text completions and embeddings ------------------------------------------------------------------------
 
 
 async def completion(upstream: Upstream, engine: Engine, request: CompletionRequest) -> dict:
     """A text completion, as the SDK's `Completion` reads it.
 
-    With `echo` and `max_tokens=0` the prompt comes back cut into its tokens: `logprobs.tokens` and `.text_offset`.
+    With `echo` and `max_tokens=0` the prompt comes back cut into its tokens: `logprobs.tokens` and
+    `.text_offset`.
     """
     if request.echo or request.max_tokens == 0:
         if not request.echo or request.max_tokens != 0 or request.logprobs:
-            raise ApiError("Unsupported: 'echo' goes with max_tokens=0 and logprobs=0 here, and only it does.", param="echo")
+            message = "Unsupported: 'echo' goes with max_tokens=0 and logprobs=0 here, and only it does."
+            raise ApiError(message, param="echo", code="unsupported_parameter")
         return await _echo(upstream, engine, request)
     body = sampling(request) | {
         "model": request.model,
@@ -373,7 +431,7 @@ async def completion(upstream: Upstream, engine: Engine, request: CompletionRequ
     }
     if request.logprobs is not None:
         body["logprobs"] = max(request.logprobs, 1)
-    answer = await upstream.post(engine, "/v1/completions", body)
+    answer = await upstream.generate(engine, "/v1/completions", body)
     choice = answer["choices"][0]
     items = (choice.get("logprobs") or {}).get("content", [])
     logprobs = None
@@ -385,7 +443,12 @@ async def completion(upstream: Upstream, engine: Engine, request: CompletionRequ
             "top_logprobs": [{_shown(t): t["logprob"] for t in item["top_logprobs"]} for item in items],
             "text_offset": [len(request.prompt) + start for start in starts],
         }
-    choice = {"index": 0, "text": choice["text"], "finish_reason": choice["finish_reason"], "logprobs": logprobs}
+    choice = {
+        "index": 0,
+        "text": choice["text"],
+        "finish_reason": choice["finish_reason"],
+        "logprobs": logprobs,
+    }
     return _completion(request, choice, _added([answer["usage"]]))
 
 
@@ -398,7 +461,9 @@ def _shown(item: dict) -> str:
 
 
 async def _echo(upstream: Upstream, engine: Engine, request: CompletionRequest) -> dict:
-    found = await upstream.post(engine, "/tokenize", {"content": request.prompt, "with_pieces": True, "add_special": False})
+    found = await upstream.post(
+        engine, "/tokenize", {"content": request.prompt, "with_pieces": True, "add_special": False}
+    )
     tokens, offsets, data = [], [], b""
     for token in found["tokens"]:
         piece = token["piece"]
@@ -408,12 +473,12 @@ async def _echo(upstream: Upstream, engine: Engine, request: CompletionRequest) 
         data += piece
     logprobs = {"tokens": tokens, "text_offset": offsets, "token_logprobs": None, "top_logprobs": None}
     usage = {"prompt_tokens": len(tokens), "completion_tokens": 0, "total_tokens": len(tokens)}
-    return _completion(request, {"index": 0, "text": request.prompt, "finish_reason": "length", "logprobs": logprobs}, usage)
+    return _completion(
+        request, {"index": 0, "text": request.prompt, "finish_reason": "length", "logprobs": logprobs}, usage
+    )
 
 
 def _completion(request: CompletionRequest, choice: dict, usage: dict) -> dict:
-    import secrets
-
     return {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",
@@ -426,15 +491,30 @@ def _completion(request: CompletionRequest, choice: dict, usage: dict) -> dict:
 
 async def embeddings(upstream: Upstream, engine: Engine, request: EmbeddingRequest) -> dict:
     """Embeddings of unit length, as the SDK's `CreateEmbeddingResponse` reads them."""
-    texts = request.input if isinstance(request.input, list) and request.input and not isinstance(request.input[0], int) else [request.input]
+    texts = (
+        request.input
+        if isinstance(request.input, list) and request.input and not isinstance(request.input[0], int)
+        else [request.input]
+    )
     if len(texts) > 2048:
-        raise ApiError(f"Invalid 'input': at most 2048 texts, got {len(texts)}.", param="input", code="array_above_max_length")
+        raise ApiError(
+            f"Invalid 'input': at most 2048 texts, got {len(texts)}.",
+            param="input",
+            code="array_above_max_length",
+        )
     if any(len(text) == 0 for text in texts):
         raise ApiError("Invalid 'input': a text must not be empty.", param="input", code="invalid_value")
     if request.dimensions not in (None, 384):
-        raise ApiError(f"This model does not support 'dimensions' other than 384, got {request.dimensions}.", param="dimensions")
+        raise ApiError(
+            f"This model does not support 'dimensions' other than 384, got {request.dimensions}.",
+            param="dimensions",
+            code="invalid_value",
+        )
     body = {"model": request.model, "input": texts, "encoding_format": request.encoding_format or "float"}
     answer = await upstream.post(engine, "/v1/embeddings", body)
-    data = [{"object": "embedding", "index": item["index"], "embedding": item["embedding"]} for item in answer["data"]]
+    data = [
+        {"object": "embedding", "index": item["index"], "embedding": item["embedding"]}
+        for item in answer["data"]
+    ]
     usage = {key: answer["usage"][key] for key in ("prompt_tokens", "total_tokens")}
     return {"object": "list", "model": request.model, "data": data, "usage": usage}

@@ -1,11 +1,13 @@
 """llama.cpp: one server for each model that is in use, in this process, on a loopback port of its own.
 
-The only module that imports xllamacpp. It knows files and ports; names, tokens and OpenAI's manners are the gateway's.
+The only module that imports xllamacpp. It knows files and ports; names, tokens and OpenAI's manners are the
+gateway's.
 """
 
-import os
+import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 SLOTS = 8  # requests that are computed side by side; more than these wait in llama.cpp's queue
@@ -13,22 +15,51 @@ CONTEXT = 8192  # tokens: what SmolLM2 was trained for, shared by the slots
 EMBEDDING_CONTEXT = 512  # tokens of one text
 
 
+class Room:
+    """The context that an engine's requests share: each takes the tokens that it may fill, in turn.
+
+    llama.cpp ends all of its requests with an error when they fill the context together; so they wait here
+    instead.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._size = self._free = tokens
+        self._turn = asyncio.Lock()
+        self._left = asyncio.Event()
+
+    @asynccontextmanager
+    async def taken(self, tokens: int) -> AsyncIterator[None]:
+        """Wait for `tokens` of room (at most all there is), and give them back at the end."""
+        tokens = min(tokens, self._size)
+        async with self._turn:
+            while self._free < tokens:
+                self._left.clear()
+                await self._left.wait()
+            self._free -= tokens
+        try:
+            yield
+        finally:
+            self._free += tokens
+            self._left.set()
+
+
 class Engine:
     """A loaded model behind llama.cpp's HTTP server.
 
-    file: a GGUF model. name: what replies carry as `model`. kind: "chat" or "embedding". adapters: GGUF LoRA files that
-    are applied to every request. `address` is the server's root, such as http://127.0.0.1:40123.
-    Raises RuntimeError where llama.cpp cannot load the file.
+    file: a GGUF model. name: what replies carry as `model`. kind: "chat" or "embedding". adapters: GGUF LoRA
+    files that are applied to every request. key: what the server asks for as a bearer token. `address` is the
+    server's root, such as http://127.0.0.1:40123; `room` the context that its requests share. Raises
+    RuntimeError where llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path, name: str, kind: str, adapters: Sequence[Path] = ()) -> None:
+    def __init__(self, file: Path, name: str, kind: str, adapters: Sequence[Path] = (), *, key: str) -> None:
         import xllamacpp
 
-        os.environ.setdefault("LLAMA_LOG_VERBOSITY", "0")
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.model_alias = {name}
         params.verbosity = 0
+        params.api_keys = [key]
         params.n_threads_http = 64
         params.cache_ram_mib = 0
         if kind == "embedding":
@@ -41,8 +72,8 @@ class Engine:
             params.kv_unified = True  # one request may use the whole context while others are short
         if adapters:
             params.lora_adapters = [_adapter(xllamacpp, path) for path in adapters]
-        self.name = name
-        self.kind = kind
+        self.room = Room(CONTEXT)
+        self.headers = {"authorization": f"Bearer {key}"}
         self._server = xllamacpp.Server(params)
         self.address = self._server.listening_address
 

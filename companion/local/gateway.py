@@ -1,13 +1,14 @@
 """The HTTP API: OpenAI's routes, on a loopback port, for one user.
 
-`python -m companion.local.gateway` is what `companion.local.process` starts in the background and `companion serve` in
-the foreground. Routes, bodies and errors follow https://platform.openai.com/docs/api-reference; what an answer says is
-llama.cpp's work. Every route asks for the token.
+`python -m companion.local.gateway` is what `companion.local.process` starts in the background and `companion
+serve` in the foreground. Routes, bodies and errors follow https://platform.openai.com/docs/api-reference;
+what an answer says is llama.cpp's work. Every route asks for the token.
 """
 
 import argparse
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -18,19 +19,22 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import completions, process, responses, weights
 from .engine import Engine, Engines
-from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, parse
+from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, decoded, parse
 
 log = logging.getLogger("companion.endpoint")
 CREATED = 1731369600  # SmolLM2's release, November 2024
 LARGEST_BODY = 32 << 20  # bytes
+Found = TypeVar("Found")
 
 
 class State:
@@ -38,31 +42,52 @@ class State:
 
     def __init__(self, token: str) -> None:
         self.token = token
-        self.engines = Engines(load)
+        self.engines = Engines(functools.partial(load, key=token))
         self.upstream = completions.Upstream()
         self.conversations = responses.Conversations()
         self.last_request = time.monotonic()
         self.open_requests = 0
 
 
-def load(name: str) -> Engine:
-    """Start the engine of a model of the course."""
+def load(name: str, key: str) -> Engine:
+    """Start the engine of a model of the course. key: what the engine asks for in turn."""
     entry = weights.weights(name)
-    return Engine(weights.path(name, progress=False), name, entry.kind)
+    return Engine(weights.path(name, progress=False), name, entry.kind, key=key)
+
+
+class Door:
+    """Lets in who has the token, and keeps count of who is inside."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self.app = app
+        self.state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.state.token.encode()):
+            message = (
+                "Incorrect API key provided."
+                if given
+                else "You didn't provide an API key in a Bearer header."
+            )
+            message += " `companion serve` prints the key of this endpoint."
+            return await _error(ApiError(message, status=401, code="invalid_api_key"))(scope, receive, send)
+        self.state.open_requests += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.state.open_requests -= 1
+            self.state.last_request = time.monotonic()
 
 
 def create_app(token: str, lifespan=None) -> FastAPI:
-    """The application. token: what `Authorization: Bearer` must carry. lifespan: run around its life, if given."""
+    """The application. token: what a request must carry. lifespan: run around its life, if given."""
     app = FastAPI(title="companion", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     state = app.state.held = State(token)
 
-    @app.middleware("http")
-    async def authorised(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if not hmac.compare_digest(given.encode(), state.token.encode()):
-            message = "You didn't provide an API key." if not given else "Incorrect API key provided."
-            return _error(ApiError(f"{message} `companion serve` prints the key of this endpoint.", status=401, code="invalid_api_key"))
-        return await call_next(request)
+    app.add_middleware(Door, state=state)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -78,7 +103,9 @@ def create_app(token: str, lifespan=None) -> FastAPI:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         log.exception("%s %s", request.method, request.url.path)
-        return _error(ApiError(f"The endpoint failed: {type(error).__name__}.", status=500, type="server_error"))
+        return _error(
+            ApiError(f"The endpoint failed: {type(error).__name__}.", status=500, type="server_error")
+        )
 
     @app.get("/v1/models")
     async def list_models() -> dict:
@@ -92,27 +119,30 @@ def create_app(token: str, lifespan=None) -> FastAPI:
     @app.delete("/v1/models/{name:path}")
     async def delete_model(name: str) -> dict:
         _known(name)
-        raise ApiError(f"The model '{name}' ships with the course and cannot be deleted.", status=403, code="model_not_deletable")
+        message = f"The model '{name}' ships with the course and cannot be deleted."
+        raise ApiError(message, status=403, param="model", code="model_not_deletable")
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
         engine = await _engine(state, asked.model, "chat")
         if not asked.stream:
-            return await _whole(state, request, completions.chat(state.upstream, engine, asked))
-        return await _streamed(state, lambda stack: completions.chat_stream(state.upstream, engine, asked, stack))
+            return await _whole(request, completions.chat(state.upstream, engine, asked))
+        return await _streamed(
+            request, lambda stack: completions.chat_stream(state.upstream, engine, asked, stack)
+        )
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request))
         engine = await _engine(state, asked.model, "chat")
-        return await _whole(state, request, completions.completion(state.upstream, engine, asked))
+        return await _whole(request, completions.completion(state.upstream, engine, asked))
 
     @app.post("/v1/embeddings")
     async def embed(request: Request) -> Response:
         asked = parse(EmbeddingRequest, await _body(request))
         engine = await _engine(state, asked.model, "embedding")
-        return await _whole(state, request, completions.embeddings(state.upstream, engine, asked))
+        return await _whole(request, completions.embeddings(state.upstream, engine, asked))
 
     @app.post("/v1/responses")
     async def respond(request: Request) -> Response:
@@ -126,11 +156,11 @@ def create_app(token: str, lifespan=None) -> FastAPI:
             return found
 
         async def stream(stack: AsyncExitStack) -> AsyncIterator[bytes]:
-            with_usage = parse(ChatRequest, chat_request.model_dump(by_alias=True, exclude_none=True) | {"stream_options": {"include_usage": True}})
-            chunks = await completions.chat_stream(state.upstream, engine, with_usage, stack)
+            chunks = await completions.chat_stream(state.upstream, engine, chat_request, stack)
             return responses.events(asked, state.conversations, messages, chunks)
 
-        return await (_streamed(state, stream) if asked.stream else _whole(state, request, answer()))
+        with responses.in_own_terms(asked, messages):
+            return await (_streamed(request, stream) if asked.stream else _whole(request, answer()))
 
     return app
 
@@ -154,51 +184,44 @@ def _model(name: str) -> dict:
 
 
 async def _body(request: Request):
-    try:
-        raw = await request.body()
-        if len(raw) > LARGEST_BODY:
-            raise ApiError(f"The body is {len(raw)} bytes long; at most {LARGEST_BODY} are taken.", status=413)
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ApiError("We could not parse the JSON body of your request.", code="invalid_json") from None
+    raw, size = bytearray(), 0
+    async for (
+        piece
+    ) in request.stream():  # to its end, since a client that still writes would not read the refusal
+        size += len(piece)
+        raw += piece if size <= LARGEST_BODY else b""
+    if size > LARGEST_BODY:
+        raise ApiError(f"The body is {size} bytes long; at most {LARGEST_BODY} are taken.", status=413)
+    return decoded(bytes(raw))
 
 
 async def _engine(state: State, name: str, kind: str) -> Engine:
     _known(name)
     if weights.MODELS[name].kind != kind:
-        raise ApiError(
-            f"The model '{name}' is no {kind} model; it serves {weights.MODELS[name].kind}.", param="model", code="model_not_supported"
-        )
-    state.last_request = time.monotonic()
+        message = f"The model '{name}' is no {kind} model; it serves {weights.MODELS[name].kind}."
+        raise ApiError(message, param="model", code="model_not_supported")
     try:
         return await asyncio.to_thread(state.engines.get, name)
-    except weights.WeightsError as error:
+    except RuntimeError as error:  # WeightsError among them
         raise ApiError(str(error), status=503, type="server_error", code="model_not_available") from None
 
 
-@contextlib.contextmanager
-def _counted(state: State):
-    state.open_requests += 1
+async def _whole(request: Request, answer: Awaitable[dict]) -> Response:
+    found = await _while_there(request, answer)
+    return Response(json.dumps(found, ensure_ascii=False), media_type="application/json")
+
+
+async def _while_there(request: Request, work: Awaitable[Found]) -> Found:
+    """What `work` finds. A client that goes away ends it, and frees its slots."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
-        yield
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError("The client has gone.", status=499)
     finally:
-        state.open_requests -= 1
-        state.last_request = time.monotonic()
-
-
-async def _whole(state: State, request: Request, answer: Awaitable[dict]) -> Response:
-    """The answer, computed while the client waits for it: one that goes away ends the work and frees its slots."""
-    with _counted(state):
-        work = asyncio.ensure_future(answer)
-        gone = asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return Response(json.dumps(work.result(), ensure_ascii=False), media_type="application/json")
-            return Response(status_code=499)
-        finally:
-            work.cancel()
-            gone.cancel()
+        task.cancel()
+        gone.cancel()
 
 
 async def _gone(request: Request) -> None:
@@ -206,30 +229,38 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _streamed(state: State, start: Callable[[AsyncExitStack], Awaitable[AsyncIterator[bytes]]]) -> Response:
+class Events(StreamingResponse):
+    """Server-sent events. What they come from is closed with them, even where not one was sent."""
+
+    def __init__(self, source: AsyncIterator[bytes], stack: AsyncExitStack) -> None:
+        super().__init__(source, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.stack:
+            await super().__call__(scope, receive, send)
+
+
+async def _streamed(
+    request: Request, start: Callable[[AsyncExitStack], Awaitable[AsyncIterator[bytes]]]
+) -> Response:
     """Server-sent events; `start` may still refuse before the first one is sent."""
     stack = AsyncExitStack()
-    stack.enter_context(_counted(state))
     try:
-        source = await start(stack)
+        return Events(await _while_there(request, start(stack)), stack)
     except BaseException:
         await stack.aclose()
         raise
 
-    async def send() -> AsyncIterator[bytes]:
-        async with stack:
-            async for event in source:
-                yield event
 
-    return StreamingResponse(send(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-
-
-def serve(*, host: str = "127.0.0.1", port: int = 0, token: str | None = None, idle: float = 0, shared: bool = True) -> None:
+def serve(
+    *, host: str = "127.0.0.1", port: int = 0, token: str | None = None, idle: float = 0, shared: bool = True
+) -> None:
     """Run the endpoint until it is stopped.
 
-    port: 0 takes a free one. token: None draws one. idle: leave after so many seconds without a request, once no
-    process that asked for a `client()` is alive; 0 never leaves. shared: let `companion.client()` find this endpoint.
-    Raises OSError where the port is taken.
+    port: 0 takes a free one. token: None draws one. idle: leave after so many seconds without a request, once
+    no process that asked for a `client()` is alive; 0 never leaves. shared: let `companion.client()` find
+    this endpoint. Raises OSError where the port is taken.
     """
     sock = socket.socket()
     if os.name == "posix":
@@ -244,7 +275,9 @@ def serve(*, host: str = "127.0.0.1", port: int = 0, token: str | None = None, i
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state: State = app.state.held
         warm = asyncio.create_task(asyncio.to_thread(_warm, state))
-        watch = asyncio.create_task(_leave_when_idle(state, idle, lambda: setattr(server, "should_exit", True)))
+        watch = asyncio.create_task(
+            _leave_when_idle(state, idle, lambda: setattr(server, "should_exit", True))
+        )
         if shared:
             process.announce(process.Endpoint(base_url, token, os.getpid()))
         else:
@@ -255,7 +288,9 @@ def serve(*, host: str = "127.0.0.1", port: int = 0, token: str | None = None, i
         await state.upstream.http.aclose()
         state.engines.close()
 
-    config = uvicorn.Config(create_app(token, lifespan), log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        create_app(token, lifespan), log_level="warning", access_log=False, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     server.run(sockets=[sock])
 

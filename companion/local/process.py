@@ -1,8 +1,9 @@
-"""The endpoint as a process: found, started, shared by all of a user's notebooks, and given back when nobody is left.
+"""The endpoint as a process: found, started, shared by all of a user's notebooks, and given back when nobody
+is left.
 
-`ensure()` returns the running endpoint and starts one where none runs. A file in the companion's home, readable by this
-user alone, says where it listens and with which token; both are used again by the next one, so that a client outlives a
-restart. A lock makes ten notebooks that start at once share one process.
+`ensure()` returns the running endpoint and starts one where none runs. A file in the companion's home,
+readable by this user alone, says where it listens and with which token; both are used again by the next one,
+so that a client outlives a restart. A lock makes ten notebooks that start at once share one process.
 """
 
 import contextlib
@@ -13,13 +14,17 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .weights import MODELS, home, path
 
-IDLE = 900.0  # seconds without a request after which models are unloaded, and the endpoint leaves if no client lives
+IDLE = (
+    900.0  # seconds without a request until models are unloaded and, if no client lives, the endpoint leaves
+)
+GATEWAY = "companion.local.gateway"
 
 
 class EndpointError(RuntimeError):
@@ -38,8 +43,8 @@ class Endpoint:
 def ensure(*, wait: float = 60.0) -> Endpoint:
     """The running endpoint, started first where none runs. wait: seconds to give a new one.
 
-    Model files that are missing are fetched here, where the user sees the progress bar. Raises EndpointError, or
-    WeightsError where there is no model to serve.
+    Model files that are missing are fetched here, where the user sees the progress bar. Raises EndpointError,
+    or WeightsError where there is no model to serve.
     """
     with _reported():
         home().mkdir(parents=True, exist_ok=True)
@@ -59,12 +64,12 @@ def ensure(*, wait: float = 60.0) -> Endpoint:
 def running() -> Endpoint | None:
     """The endpoint that answers now, or None. One that lives but has not answered for 20 seconds is ended."""
     found = announced()
-    if found is None or not _alive(found.pid):
+    if found is None or not _alive(found.pid, endpoint=True):
         return None
     for _ in range(2):
         if _answers(found):
             return found
-        if not _alive(found.pid):
+        if not _alive(found.pid, endpoint=True):
             return None
     stop(found)
     return None
@@ -73,9 +78,12 @@ def running() -> Endpoint | None:
 def announced() -> Endpoint | None:
     """What the file says, whether that process lives or not."""
     try:
-        return Endpoint(**json.loads(_file().read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+        found = Endpoint(**json.loads(_file().read_text()))
+        if _port(found) and isinstance(found.token, str) and isinstance(found.pid, int) and found.pid > 0:
+            return found
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def announce(endpoint: Endpoint) -> None:
@@ -101,10 +109,10 @@ def stop(endpoint: Endpoint) -> None:
 
 
 def leases() -> list[int]:
-    """The ids of the living processes that have asked for a client; the marks of the others are swept away."""
+    """The ids of the living processes that have asked for a client; other marks are swept away."""
     found = []
     for mark in (home() / "clients").glob("*"):
-        if mark.name.isdigit() and _alive(int(mark.name), python=False):
+        if mark.name.isdigit() and _alive(int(mark.name), endpoint=False):
             found.append(int(mark.name))
         else:
             mark.unlink(missing_ok=True)
@@ -119,10 +127,10 @@ def _lease() -> None:
 
 def _start(wait: float) -> Endpoint:
     last = announced()
-    port = int(last.base_url.rsplit(":", 1)[1].split("/")[0]) if last else 0
+    port = _port(last) if last else 0
     token = last.token if last else f"local-{secrets.token_urlsafe(24)}"
     log = home() / "endpoint.log"
-    command = [sys.executable, "-m", "companion.local.gateway", "--port", str(port)]
+    command = [sys.executable, "-m", GATEWAY, "--port", str(port)]
     apart = {"creationflags": 0x00000208} if os.name == "nt" else {"start_new_session": True}
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -138,7 +146,9 @@ def _start(wait: float) -> Endpoint:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             said = [line for line in log.read_text().splitlines() if line.strip()] or ["it said nothing"]
-            raise EndpointError(f"the local endpoint did not start ({said[-1]}): see {log}, or run `companion doctor`")
+            raise EndpointError(
+                f"the local endpoint did not start ({said[-1]}): see {log}, or run `companion doctor`"
+            )
         found = announced()
         if found and found.pid == process.pid and _answers(found):
             return found
@@ -148,7 +158,9 @@ def _start(wait: float) -> Endpoint:
 
 
 def _answers(endpoint: Endpoint) -> bool:
-    asked = urllib.request.Request(f"{endpoint.base_url}/models", headers={"Authorization": f"Bearer {endpoint.token}"})
+    asked = urllib.request.Request(
+        f"{endpoint.base_url}/models", headers={"Authorization": f"Bearer {endpoint.token}"}
+    )
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(asked, timeout=10) as reply:
@@ -157,14 +169,22 @@ def _answers(endpoint: Endpoint) -> bool:
         return False
 
 
-def _alive(pid: int, *, python: bool = True) -> bool:
+def _port(endpoint: Endpoint) -> int:
+    return urllib.parse.urlsplit(endpoint.base_url).port or 0
+
+
+def _alive(pid: int, *, endpoint: bool) -> bool:
     import psutil
 
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return not python or any("companion" in part for part in process.cmdline())
+        if not endpoint:
+            return True
+        # An old file may name the id of another process by now: not every one may be ended.
+        command = process.cmdline()
+        return GATEWAY in command or (any("companion" in part for part in command) and "serve" in command)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
@@ -178,8 +198,8 @@ def _reported():
         yield
     except OSError as error:
         raise EndpointError(
-            f"the companion cannot write to {home()} ({error.strerror or error}): free some space, or set COMPANION_HOME to a "
-            f"folder that can be written"
+            f"the companion cannot write to {home()} ({error.strerror or error}): free some space, or set "
+            f"COMPANION_HOME to a folder that can be written"
         ) from error
 
 

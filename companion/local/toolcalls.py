@@ -1,9 +1,11 @@
-"""Function calling for models that only write text: how tools, calls and results are written, constrained and read.
+"""Function calling for models that only write text: how tools, calls and results are written, constrained and
+read.
 
-A call is written as <tool_call>{"name": …, "arguments": {…}}</tool_call>, the form of SmolLM2's larger versions
-(arXiv:2502.02737) and of many open models; training writes its examples through `plain_messages` too. With
-`tool_choice` "required" or a named function a grammar forces a call; with "auto" the model decides by its first token,
-and once it has begun a call, the grammar sees it through. So a call that comes out always parses.
+A call is written as <tool_call>{"name": …, "arguments": {…}}</tool_call>, the form of SmolLM2's larger
+versions (arXiv:2502.02737) and of many open models; training writes its examples through `plain_messages`
+too. With `tool_choice` "required" or a named function a grammar forces a call; with "auto" the model decides
+by its first token, and once it has begun a call, the grammar sees it through. So a call that comes out always
+parses.
 """
 
 import json
@@ -13,13 +15,15 @@ from typing import Any
 from .wire import ApiError, Message, Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+NAMED = ("properties", "$defs", "definitions")  # JSON schema's keywords that hold one schema for each name
 LONGEST = 200  # characters of a string argument without a maxLength: a small model may never close its quotes
 
 
 def plain_messages(messages: list[Message], tools: list[Tool]) -> list[dict[str, str]]:
     """The conversation as plain texts with the roles system, user and assistant, tools and calls written out.
 
-    Raises ApiError for parts that are not text, and for a tool result that answers no call.
+    Raises ApiError for parts that are not text, for a tool result that answers no call, and for a call
+    without one.
     """
     plain: list[dict[str, str]] = []
     if tools:
@@ -28,25 +32,43 @@ def plain_messages(messages: list[Message], tools: list[Tool]) -> list[dict[str,
     for place, message in enumerate(messages):
         param = f"messages[{place}]"
         text = _text(message, param)
+        if message.role != "tool" and not message.tool_calls:
+            _all_answered(pending)
         if message.role == "assistant":
-            pending = {call.id for call in message.tool_calls or []}
-            text += "".join(_written(call.function.name, call.function.arguments) for call in message.tool_calls or [])
+            pending |= {call.id for call in message.tool_calls or []}
+            text += "".join(
+                _written(call.function.name, call.function.arguments) for call in message.tool_calls or []
+            )
         elif message.role == "tool":
             if message.tool_call_id not in pending:
                 raise ApiError(
-                    f"Invalid parameter: {param} with role 'tool' must be a response to a preceding message with "
-                    f"'tool_calls' whose id is {message.tool_call_id!r}.",
+                    f"Invalid parameter: {param} with role 'tool' must be a response to a preceding message "
+                    f"with 'tool_calls' whose id is {message.tool_call_id!r}.",
                     param=f"{param}.tool_call_id",
+                    code="invalid_value",
                 )
+            pending.remove(message.tool_call_id)
             text = f"<tool_response>{text}</tool_response>"
         role = {"developer": "system", "tool": "user"}.get(message.role, message.role)
         if role == "system" and plain and plain[-1]["role"] == "system":
-            plain[-1]["content"] = f"{text}\n\n{plain[-1]['content']}" if place == 0 else f"{plain[-1]['content']}\n\n{text}"
+            both = (text, plain[-1]["content"]) if place == 0 else (plain[-1]["content"], text)
+            plain[-1]["content"] = "\n\n".join(both)
         elif message.role == "tool" and plain[-1]["role"] == "user":
             plain[-1]["content"] += "\n" + text
         else:
             plain.append({"role": role, "content": text})
+    _all_answered(pending)
     return plain
+
+
+def _all_answered(pending: set[str]) -> None:
+    if pending:
+        raise ApiError(
+            "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+            f"'tool_call_id'. These had no response messages: {', '.join(sorted(pending))}.",
+            param="messages",
+            code="invalid_value",
+        )
 
 
 def _text(message: Message, param: str) -> str:
@@ -54,7 +76,9 @@ def _text(message: Message, param: str) -> str:
         if message.role == "assistant" and message.tool_calls:
             return ""
         raise ApiError(
-            f"Invalid value for '{param}.content': expected a string, got null.", param=f"{param}.content", code="invalid_type"
+            f"Invalid value for '{param}.content': expected a string, got null.",
+            param=f"{param}.content",
+            code="invalid_type",
         )
     if isinstance(message.content, str):
         return message.content
@@ -69,7 +93,9 @@ def _text(message: Message, param: str) -> str:
 
 
 def _instructions(tools: list[Tool]) -> str:
-    listed = "\n".join(json.dumps(tool.function.model_dump(exclude_none=True, exclude={"strict"})) for tool in tools)
+    listed = "\n".join(
+        json.dumps(tool.function.model_dump(exclude_none=True, exclude={"strict"})) for tool in tools
+    )
     return (
         f"You can call these functions:\n{listed}\n"
         f'To call one, answer with {OPEN}{{"name": ..., "arguments": {{...}}}}{CLOSE} and nothing else.'
@@ -90,24 +116,19 @@ def call_grammar(tools: list[Tool], choice: Any) -> str | None:
     if choice not in (None, "auto", "required"):
         named = [tool for tool in tools if tool.function.name == choice.function.name]
         if not named:
-            raise ApiError(
-                f"Tool choice {choice.function.name!r} not found in 'tools' parameter.", param="tool_choice", code="invalid_value"
-            )
+            message = f"Tool choice {choice.function.name!r} not found in 'tools' parameter."
+            raise ApiError(message, param="tool_choice", code="invalid_value")
         tools = named
-    call = {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": _bounded(_arguments(tool))},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ],
-        "x-guidance": {"whitespace_flexible": False},
-    }
     start = "call" if choice not in (None, "auto") else "call | text\ntext: /[^<](.|\\n)*/ | /<[^t](.|\\n)*/"
-    return f'%llguidance {{}}\nstart: {start}\ncall: "{OPEN}" %json {json.dumps(call)} "{CLOSE}"'
+    return f"%llguidance {{}}\nstart: {start}\ncall: " + "\n    | ".join(_call(tool) for tool in tools)
+
+
+def _call(tool: Tool) -> str:
+    # Each schema stands in a %json of its own, so that its "#/$defs/…" are found where it says.
+    name = json.dumps(tool.function.name)
+    schema = _bounded(_arguments(tool)) | {"x-guidance": {"whitespace_flexible": False}}
+    begin, end = json.dumps(f'{OPEN}{{"name": {name}, "arguments": '), json.dumps(f"}}{CLOSE}")
+    return f"{begin} %json {json.dumps(schema)} {end}"
 
 
 def _arguments(tool: Tool) -> dict:
@@ -119,7 +140,38 @@ def _arguments(tool: Tool) -> dict:
             param="tools",
             code="invalid_function_parameters",
         )
+    if tool.function.strict:
+        check_strict(schema, f"function {tool.function.name!r}", "tools")
     return {"type": "object", "additionalProperties": False, **schema}
+
+
+def check_strict(schema: Any, owner: str, param: str, context: tuple = ()) -> None:
+    """The rules of `strict`: every object closes itself and requires all its properties. Raises ApiError."""
+    if isinstance(schema, list):
+        for number, part in enumerate(schema):
+            check_strict(part, owner, param, (*context, str(number)))
+    if not isinstance(schema, dict):
+        return
+    properties = schema["properties"] if isinstance(schema.get("properties"), dict) else {}
+    required = schema["required"] if isinstance(schema.get("required"), list) else []
+    if schema.get("type") == "object" or properties:
+        problem = None
+        if schema.get("additionalProperties") is not False:
+            problem = "'additionalProperties' is required to be supplied and to be false"
+        elif missing := [key for key in properties if key not in required]:
+            problem = f"'required' is required to include every key in properties. Missing {missing[0]!r}"
+        if problem:
+            raise ApiError(
+                f"Invalid schema for {owner}: In context={context}, {problem}.",
+                param=param,
+                code="invalid_function_parameters" if param == "tools" else "invalid_json_schema",
+            )
+    for key, value in schema.items():
+        # What these hold are names with a schema each, whatever the names are.
+        for name, part in value.items() if key in NAMED and isinstance(value, dict) else ():
+            check_strict(part, owner, param, (*context, key, name))
+        if key not in ("enum", "const", "default", "examples", *NAMED):
+            check_strict(value, owner, param, (*context, key))
 
 
 def _bounded(schema: Any) -> Any:
@@ -128,7 +180,14 @@ def _bounded(schema: Any) -> Any:
         return [_bounded(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    bounded = {key: value if key in ("enum", "const") else _bounded(value) for key, value in schema.items()}
+    bounded = {
+        key: {name: _bounded(part) for name, part in value.items()}
+        if key in NAMED and isinstance(value, dict)
+        else value
+        if key in ("enum", "const", "default", "examples")
+        else _bounded(value)
+        for key, value in schema.items()
+    }
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if "string" in kinds and not {"enum", "const", "pattern", "format", "maxLength"} & schema.keys():
@@ -138,8 +197,13 @@ def _bounded(schema: Any) -> Any:
     return bounded
 
 
+def begins_call(text: str) -> bool:
+    """Whether `text` is a call, or the beginning of one."""
+    return text != "" and (OPEN.startswith(text) or text.startswith(OPEN))
+
+
 def read_call(text: str) -> dict | None:
-    """The tool call, in OpenAI's form, that `text` is; None where it is an answer in words or an unfinished call."""
+    """The tool call, in OpenAI's form, that `text` is; None where it is words or an unfinished call."""
     if not (text.startswith(OPEN) and text.endswith(CLOSE)):
         return None
     try:

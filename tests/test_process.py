@@ -1,0 +1,166 @@
+"""The endpoint's process: one for all, found again, replaced when it dies, gone when nobody needs it."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import openai
+import psutil
+import pytest
+
+from companion import backend
+from companion.backend import CHAT_MODEL
+from companion.local import process
+from companion.local.process import EndpointError
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def own_home(companion_home, monkeypatch, tmp_path):
+    """A home without an endpoint; what is started in it is stopped."""
+    (tmp_path / "models").symlink_to(companion_home / "models")
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
+    yield tmp_path
+    if endpoint := process.running():
+        process.stop(endpoint)
+
+
+def comes_true(condition, seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_ten_processes_share_one_endpoint(own_home):
+    script = "from companion import backend, local; backend.client(); print(local.process.running().pid)"
+    ten = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(10)
+    ]
+    assert len({one.communicate()[0] for one in ten}) == 1
+    assert [one.returncode for one in ten] == [0] * 10
+
+
+def test_a_killed_endpoint_is_an_sdk_error_and_is_replaced(own_home):
+    client, before = backend.client(), process.running()
+    stream = client.chat.completions.create(
+        model=CHAT_MODEL, messages=HI, max_tokens=4000, stream=True, logit_bias={"2": -100}
+    )
+    next(stream)
+    os.kill(before.pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError):
+        list(stream)
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+    again, after = backend.client(), process.running()
+    assert after.pid != before.pid
+    assert (after.base_url, after.token) == (before.base_url, before.token)
+    for one in (client, again):
+        assert one.chat.completions.create(model=CHAT_MODEL, messages=HI, max_tokens=1).choices
+
+
+def test_a_killed_endpoint_ends_a_whole_answer_with_an_sdk_error(own_home):
+    client, endpoint = backend.client(), process.running()
+    client.chat.completions.create(model=CHAT_MODEL, messages=HI, max_tokens=1)
+    threading.Timer(1, os.kill, (endpoint.pid, signal.SIGKILL)).start()
+    with pytest.raises(openai.APIConnectionError):
+        client.chat.completions.create(model=CHAT_MODEL, messages=HI, max_tokens=8000, logit_bias={"2": -100})
+
+
+def test_only_this_user_can_read_the_token(client, companion_home):
+    assert stat.S_IMODE((companion_home / "endpoint.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "garbage",
+        "[]",
+        "{}",
+        '{"base_url": 5, "token": "a", "pid": 1}',
+        '{"base_url": "x", "token": "a", "pid": 1}',
+        '{"base_url": "http://127.0.0.1:99999/v1", "token": "a", "pid": 1}',
+        '{"base_url": "http://127.0.0.1:9/v1", "token": "a", "pid": -1}',
+        "\0",
+    ],
+)
+def test_an_endpoint_file_of_garbage_is_no_endpoint(own_home, text):
+    (own_home / "endpoint.json").write_text(text)
+    assert process.announced() is None
+    assert process.running() is None
+
+
+def test_an_old_endpoint_file_ends_no_process_of_others(own_home):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "companion"])
+    try:
+        old = {"base_url": "http://127.0.0.1:9/v1", "token": "a", "pid": other.pid}
+        (own_home / "endpoint.json").write_text(json.dumps(old))
+        assert process.running() is None
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_the_mark_of_a_dead_process_is_no_lease(own_home):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    (own_home / "clients").mkdir()
+    for name in (str(done.pid), "garbage", str(os.getpid())):
+        (own_home / "clients" / name).touch()
+    assert process.leases() == [os.getpid()]
+    assert [mark.name for mark in (own_home / "clients").iterdir()] == [str(os.getpid())]
+
+
+def endpoint_in(home) -> subprocess.Popen:
+    command = [sys.executable, "-m", process.GATEWAY, "--idle", "1"]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert comes_true(lambda: process.running() is not None)
+    return started
+
+
+def test_an_idle_endpoint_leaves_when_no_client_lives(own_home):
+    started = endpoint_in(own_home)
+    assert started.wait(60) == 0
+
+
+def test_an_idle_endpoint_unloads_its_models_but_stays_for_a_client(own_home):
+    process._lease()
+    started = endpoint_in(own_home)
+
+    def ports():
+        listening = psutil.Process(started.pid).net_connections()
+        return len([found for found in listening if found.status == psutil.CONN_LISTEN])
+
+    assert comes_true(lambda: ports() == 1)
+    assert started.poll() is None
+    answer = backend.client().chat.completions.create(model=CHAT_MODEL, messages=HI, max_tokens=1)
+    assert answer.choices
+
+
+@pytest.mark.parametrize("number", [28, 30])
+def test_a_disk_that_refuses_is_one_line(own_home, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(process, "_lease", refuse)
+    with pytest.raises(EndpointError, match=os.strerror(number)) as refused:
+        process.ensure()
+    assert "COMPANION_HOME" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_endpoint_that_cannot_start_says_why(own_home, monkeypatch):
+    monkeypatch.setattr(process, "GATEWAY", "companion.local.nothing")
+    with pytest.raises(EndpointError, match=r"did not start.*nothing") as refused:
+        process.ensure()
+    assert "\n" not in str(refused.value)
