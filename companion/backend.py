@@ -1,7 +1,8 @@
 """Which side of the wall: an `openai.OpenAI` client of the local endpoint, or of a hosted service.
 
-Local unless the environment says COMPANION_BACKEND=openai, even where an API key lies there, so that nobody pays
-without having asked to. With COMPANION_BACKEND=openai the SDK's own variables hold: OPENAI_API_KEY, OPENAI_BASE_URL.
+Local unless the environment says COMPANION_BACKEND=openai, even where an API key lies there, so that nobody
+pays without having asked to. With COMPANION_BACKEND=openai the SDK's own variables hold: OPENAI_API_KEY and
+OPENAI_BASE_URL.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _clients: dict[tuple[str, str], OpenAI] = {}
 
 
 def is_local() -> bool:
-    """Whether `client()` is bound to this machine. Raises ValueError for a COMPANION_BACKEND that does not exist."""
+    """Whether `client()` is bound to this machine. Raises ValueError for an unknown COMPANION_BACKEND."""
     side = os.environ.get("COMPANION_BACKEND", "local") or "local"
     if side not in ("local", "openai"):
         raise ValueError(f"COMPANION_BACKEND={side} is unknown: use 'local' (the default) or 'openai'")
@@ -41,7 +42,9 @@ def client() -> OpenAI:
     endpoint = process.ensure()
     key = (endpoint.base_url, endpoint.token)
     if key not in _clients:
-        _clients[key] = openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.token, max_retries=0, timeout=600)
+        _clients[key] = openai.OpenAI(
+            base_url=endpoint.base_url, api_key=endpoint.token, max_retries=0, timeout=600
+        )
     return _clients[key]
 
 
@@ -63,4 +66,6 @@ def _model(variable: str, own: str) -> str:
     served = client()
     if own in (model.id for model in served.models.list()):
         return own
-    raise ValueError(f"{served.base_url} does not serve {own}: set {variable} to the model you want to use and pay for")
+    raise ValueError(
+        f"{served.base_url} does not serve {own}: set {variable} to the model you want to use and pay for"
+    )

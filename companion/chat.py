@@ -113,7 +113,7 @@ class Chat:
         client: OpenAI | None = None,
         tools: Sequence[Tool] = (),
         max_steps: int = 5,
-        max_context_tokens: int = 4096,
+        max_context_tokens: int = 1536,
         prices: tuple[float, float] | None = None,
         **options: Any,
     ):

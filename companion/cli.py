@@ -1,4 +1,4 @@
-"""The `companion` command: one line for what succeeded, one line for what went wrong, never a traceback for bad input."""
+"""The `companion` command: one line for what went wrong, never a traceback for bad input."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="GPT for customer service and sales: the course's command.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="GPT for customer service and sales: the course's command.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 CHECKOUT = Path(__file__).parents[1]
 
 
 @app.command()
 def book(
-    out: Annotated[Path, typer.Option(help="Folder for the pages; made anew by each build.")] = Path("_build/html"),
-    serve: Annotated[bool, typer.Option("--serve", help="Serve the pages on this machine and open the browser.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the pages; made anew by each build.")] = Path(
+        "_build/html"
+    ),
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the pages on this machine and open the browser.")
+    ] = False,
     port: Annotated[int, typer.Option(help="Port for --serve; 0 takes a free one.")] = 0,
 ) -> None:
     """Build the HTML book from clean and say where its pages are."""
@@ -38,14 +46,18 @@ def lab() -> None:
 
     if backend.is_local():
         backend.client()
-    raise SystemExit(subprocess.run([sys.executable, "-m", "jupyterlab", f"--notebook-dir={CHECKOUT}"]).returncode)
+    raise SystemExit(
+        subprocess.run([sys.executable, "-m", "jupyterlab", f"--notebook-dir={CHECKOUT}"]).returncode
+    )
 
 
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
-    token: Annotated[str | None, typer.Option(help="API key that clients must send; drawn if not given.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="API key that clients must send; drawn if not given.")
+    ] = None,
 ) -> None:
     """Run an OpenAI-compatible endpoint in the foreground; prints OPENAI_BASE_URL and OPENAI_API_KEY."""
     from companion.local import gateway, weights
@@ -99,7 +111,9 @@ def stop() -> None:
 
 @app.command()
 def release(
-    source: Annotated[Path | None, typer.Argument(help="Folder of the solutions; the course's own if not given.")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(help="Folder of the solutions; the course's own if not given.")
+    ] = None,
     target: Annotated[Path | None, typer.Argument(help="Folder for the learner's notebooks.")] = None,
 ) -> None:
     """Make the learner's exercise notebooks from their solutions."""
@@ -124,7 +138,10 @@ def doctor() -> None:
 def _in_checkout(name: str) -> Path:
     path = CHECKOUT / name
     if not path.exists():
-        raise ValueError(f"{name} is not here: this command needs a clone of the course, installed with `pip install -e '.[all]'`")
+        raise ValueError(
+            f"{name} is not here: this command needs a clone of the course, installed with "
+            "`pip install -e '.[all]'`"
+        )
     return path
 
 

@@ -1,4 +1,4 @@
-"""What `companion doctor` looks at: versions, packages, model files, disk, the endpoint. It changes nothing."""
+"""What `companion doctor` looks at: versions, packages, models, disk, the endpoint. It changes nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def _packages() -> list[Finding]:
             except metadata.PackageNotFoundError:
                 wrong.append(f"{requirement.name} is not installed")
                 continue
-            if not requirement.specifier.contains(version, prereleases=True) and version.split("+")[0] not in requirement.specifier:
+            if (
+                not requirement.specifier.contains(version, prereleases=True)
+                and version.split("+")[0] not in requirement.specifier
+            ):
                 wrong.append(f"{requirement.name} is {version}, not {requirement.specifier}")
         name = f"packages of extra '{extra}'" if extra else "packages"
         install = f"run `pip install -e '.[{extra}]'`" if extra else "run `pip install -e .`"
@@ -72,11 +75,15 @@ def _models() -> list[Finding]:
         folder = os.environ.get("COMPANION_MODEL_PATH")
         file = (weights.Path(folder).expanduser() if folder else weights.home() / "models") / entry.file
         if not file.is_file():
-            mend = f"copy {entry.file} there" if folder else "run `companion pull`, or set COMPANION_MODEL_PATH"
+            mend = (
+                f"copy {entry.file} there" if folder else "run `companion pull`, or set COMPANION_MODEL_PATH"
+            )
             found.append(Finding(False, f"model {name} at {file}", mend))
         else:
             good = weights._sha256(file) == entry.sha256
-            found.append(Finding(good, f"model {name} at {file}", "it is altered: delete it and run `companion pull`"))
+            found.append(
+                Finding(good, f"model {name} at {file}", "it is altered: delete it and run `companion pull`")
+            )
     return found
 
 
@@ -88,7 +95,13 @@ def _disk() -> list[Finding]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free // 10**6
     good = os.access(folder, os.W_OK) and free > NEEDED_MB
-    return [Finding(good, f"{free} MB free for {weights.home()}", "make room, or set COMPANION_HOME to a folder that can be written")]
+    return [
+        Finding(
+            good,
+            f"{free} MB free for {weights.home()}",
+            "make room, or set COMPANION_HOME to a folder that can be written",
+        )
+    ]
 
 
 def _endpoint() -> list[Finding]:
@@ -96,10 +109,25 @@ def _endpoint() -> list[Finding]:
     from companion.local import process
 
     if not backend.is_local():
-        named = [name for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL") if os.environ.get(name)]
-        return [Finding("OPENAI_API_KEY" in named, f"hosted backend, with {', '.join(named) or 'nothing set'}", "set OPENAI_API_KEY")]
+        named = [
+            name for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL") if os.environ.get(name)
+        ]
+        return [
+            Finding(
+                "OPENAI_API_KEY" in named,
+                f"hosted backend, with {', '.join(named) or 'nothing set'}",
+                "set OPENAI_API_KEY",
+            )
+        ]
     endpoint = process.running()
-    return [Finding(True, f"endpoint runs at {endpoint.base_url}" if endpoint else "no endpoint runs; `client()` starts one")]
+    return [
+        Finding(
+            True,
+            f"endpoint runs at {endpoint.base_url}"
+            if endpoint
+            else "no endpoint runs; `client()` starts one",
+        )
+    ]
 
 
 LOOKS: tuple[Callable[[], list[Finding]], ...] = (_python, _packages, _models, _disk, _endpoint)

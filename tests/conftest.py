@@ -23,8 +23,10 @@ def companion_home(tmp_path_factory):
         (home / "models" / file.name).symlink_to(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPANION_HOME", str(home))
-        for variable in ("COMPANION_BACKEND", "COMPANION_MODEL_PATH", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"):
-            patch.delenv(variable, raising=False)
+        for name in ("COMPANION_BACKEND", "COMPANION_MODEL_PATH"):
+            patch.delenv(name, raising=False)
+        for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_EMBEDDING_MODEL"):
+            patch.delenv(name, raising=False)
         yield home
         if endpoint := process.running():
             process.stop(endpoint)

@@ -60,7 +60,16 @@ def test_pull_says_where_the_models_are(companion_home):
 
 
 def test_serve_is_an_endpoint_for_any_openai_client(companion_home):
-    command = [sys.executable, "-c", "from companion.cli import main; main()", "serve", "--port", "0", "--token", "secret"]
+    command = [
+        sys.executable,
+        "-c",
+        "from companion.cli import main; main()",
+        "serve",
+        "--port",
+        "0",
+        "--token",
+        "secret",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             said = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))

@@ -1043,12 +1043,24 @@ def test_sixty_four_requests_at_once_are_all_answered(client):
         assert all(pool.map(one, range(64)))
 
 
-def test_requests_that_fill_the_context_together_wait_for_each_other(client):
+@pytest.mark.slow
+def test_eight_long_requests_side_by_side_are_all_answered(client):
     def one(number):
-        return chat(client, max_tokens=4000, stop=[" "], temperature=1, seed=number).choices[0].finish_reason
+        long = f"{number} " + "word " * 1500
+        return chat(client, [{"role": "user", "content": long}], max_tokens=2).usage.prompt_tokens
 
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(one, range(8))) <= {"stop", "length"}
+        assert min(pool.map(one, range(8))) > 1500
+
+
+def test_an_answer_does_not_depend_on_what_else_is_computed(client):
+    def one(number):
+        messages = [{"role": "user", "content": f"Tell me about tent number {number}."}]
+        return chat(client, messages, temperature=0, max_tokens=24).choices[0].message.content
+
+    alone = [one(number) for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(one, range(6))) == alone
 
 
 def test_the_endpoint_stays_below_600_mb_with_both_models(client):

@@ -24,7 +24,9 @@ def ids(paths):
 def test_a_run_gives_the_outputs_that_are_stored(notebook, client):
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
     command += ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(notebook)]
-    done = subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    done = subprocess.run(
+        command, cwd=notebook.parent, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

@@ -38,11 +38,6 @@ class Upstream:
             raise _refused(reply.status_code, reply.content, PROMPTS.get(route))
         return reply.json()
 
-    async def generate(self, engine: Engine, route: str, body: dict) -> dict:
-        """llama.cpp's answer, once there is room for it."""
-        async with self._room(engine, body):
-            return await self.post(engine, route, body)
-
     @asynccontextmanager
     async def stream(self, engine: Engine, body: dict) -> AsyncIterator[AsyncIterator[bytes]]:
         """The data of llama.cpp's server-sent events, [DONE] left out; leaving frees the slot.
@@ -51,23 +46,10 @@ class Upstream:
         """
         route = "/v1/chat/completions"
         asked = self.http.stream("POST", engine.address + route, json=body, headers=engine.headers)
-        async with self._room(engine, body), asked as reply:
+        async with asked as reply:
             if reply.status_code != 200:
                 raise _refused(reply.status_code, await reply.aread(), PROMPTS[route])
             yield _events(reply)
-
-    @asynccontextmanager
-    async def _room(self, engine: Engine, body: dict) -> AsyncIterator[None]:
-        prompt, param = body.get("prompt"), "prompt"
-        if "messages" in body:
-            templated = await self.post(engine, "/apply-template", {"messages": body["messages"]})
-            prompt, param = templated["prompt"], "messages"
-        asked = {"content": prompt, "add_special": True, "parse_special": True}
-        tokens = len((await self.post(engine, "/tokenize", asked))["tokens"])
-        if tokens >= CONTEXT:
-            raise too_long(CONTEXT, tokens, param)
-        async with engine.room.taken(tokens + body["max_tokens"]):
-            yield
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
@@ -85,10 +67,8 @@ def _refused(status: int, content: bytes, param: str | None) -> ApiError:
     except (ValueError, KeyError):
         error = {"message": f"the engine answered {status}"}
     if error.get("type") == "exceed_context_size_error":
-        return too_long(error["n_ctx"], error["n_prompt_tokens"], param)
-    if (
-        "too large to process" in error["message"]
-    ):  # llama.cpp's word for a text that is longer than its batch
+        return _too_long(error["n_ctx"], error["n_prompt_tokens"], param)
+    if "too large to process" in error["message"]:  # llama.cpp's word for a text longer than its batch
         message = (
             f"This model's maximum context length is {EMBEDDING_CONTEXT} tokens. Please shorten the {param}."
         )
@@ -98,7 +78,7 @@ def _refused(status: int, content: bytes, param: str | None) -> ApiError:
     return ApiError(error["message"], status=500, type="server_error")
 
 
-def too_long(limit: int, tokens: int, param: str | None) -> ApiError:
+def _too_long(limit: int, tokens: int, param: str | None) -> ApiError:
     return ApiError(
         f"This model's maximum context length is {limit} tokens. However, your {param} resulted in {tokens} "
         f"tokens. Please reduce the length of the {param}.",
@@ -158,9 +138,6 @@ def sampling(request: Penalised) -> dict[str, Any]:
         "top_k": 0,
         "min_p": 0.0,
         "repeat_last_n": CONTEXT,
-        # A prompt that is partly remembered is computed in other steps, and rounds differently: what is asked
-        # to be repeatable is computed whole.
-        "cache_prompt": request.seed is None and request.temperature != 0,
         "stop": stop,
     }
     if request.seed is not None:
@@ -231,9 +208,7 @@ def several(body: dict, n: int) -> list[dict]:
 async def chat(upstream: Upstream, engine: Engine, request: ChatRequest) -> dict:
     """A whole chat completion, as the SDK's `ChatCompletion` reads it."""
     bodies = several(engine_body(request), request.n or 1)
-    answers = await asyncio.gather(
-        *(upstream.generate(engine, "/v1/chat/completions", body) for body in bodies)
-    )
+    answers = await asyncio.gather(*(upstream.post(engine, "/v1/chat/completions", body) for body in bodies))
     first = answers[0]
     first["choices"] = [
         _choice(answer["choices"][0], number, request) for number, answer in enumerate(answers)
@@ -431,7 +406,7 @@ async def completion(upstream: Upstream, engine: Engine, request: CompletionRequ
     }
     if request.logprobs is not None:
         body["logprobs"] = max(request.logprobs, 1)
-    answer = await upstream.generate(engine, "/v1/completions", body)
+    answer = await upstream.post(engine, "/v1/completions", body)
     choice = answer["choices"][0]
     items = (choice.get("logprobs") or {}).get("content", [])
     logprobs = None

@@ -4,43 +4,13 @@ The only module that imports xllamacpp. It knows files and ports; names, tokens 
 gateway's.
 """
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SLOTS = 8  # requests that are computed side by side; more than these wait in llama.cpp's queue
-CONTEXT = 8192  # tokens: what SmolLM2 was trained for, shared by the slots
+CONTEXT = 2048  # tokens of one request, prompt and answer; SmolLM2 was trained for 8192, memory is the limit
 EMBEDDING_CONTEXT = 512  # tokens of one text
-
-
-class Room:
-    """The context that an engine's requests share: each takes the tokens that it may fill, in turn.
-
-    llama.cpp ends all of its requests with an error when they fill the context together; so they wait here
-    instead.
-    """
-
-    def __init__(self, tokens: int) -> None:
-        self._size = self._free = tokens
-        self._turn = asyncio.Lock()
-        self._left = asyncio.Event()
-
-    @asynccontextmanager
-    async def taken(self, tokens: int) -> AsyncIterator[None]:
-        """Wait for `tokens` of room (at most all there is), and give them back at the end."""
-        tokens = min(tokens, self._size)
-        async with self._turn:
-            while self._free < tokens:
-                self._left.clear()
-                await self._left.wait()
-            self._free -= tokens
-        try:
-            yield
-        finally:
-            self._free += tokens
-            self._left.set()
 
 
 class Engine:
@@ -48,8 +18,7 @@ class Engine:
 
     file: a GGUF model. name: what replies carry as `model`. kind: "chat" or "embedding". adapters: GGUF LoRA
     files that are applied to every request. key: what the server asks for as a bearer token. `address` is the
-    server's root, such as http://127.0.0.1:40123; `room` the context that its requests share. Raises
-    RuntimeError where llama.cpp cannot load the file.
+    server's root, such as http://127.0.0.1:40123. An answer does not depend on what else is computed. Raises RuntimeError where llama.cpp cannot load the file.
     """
 
     def __init__(self, file: Path, name: str, kind: str, adapters: Sequence[Path] = (), *, key: str) -> None:
@@ -68,11 +37,13 @@ class Engine:
             params.n_ctx = params.n_batch = params.n_ubatch = 4 * EMBEDDING_CONTEXT
         else:
             params.n_parallel = SLOTS
-            params.n_ctx = CONTEXT
-            params.kv_unified = True  # one request may use the whole context while others are short
+            params.n_ctx = SLOTS * CONTEXT
+            # A context for each slot. In a shared one, what other requests left behind changes how sums are
+            # grouped and so how they round: the same request would not always give the same answer.
+            params.kv_unified = False
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_Q8_0
         if adapters:
             params.lora_adapters = [_adapter(xllamacpp, path) for path in adapters]
-        self.room = Room(CONTEXT)
         self.headers = {"authorization": f"Bearer {key}"}
         self._server = xllamacpp.Server(params)
         self.address = self._server.listening_address

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/endpoint.py [--rounds 5]
 
-Each figure is the median of some rounds in which the two sides take turns, so that a busy machine slows both. Run it on
-a machine that does nothing else. transformers and sentence-transformers are compared with where they are installed.
+Each figure is the median of some rounds in which the two sides take turns, so that a busy machine slows both.
+Run it on a machine that does nothing else: two engines on two cores slow each other far more than by half.
+transformers and sentence-transformers are compared with where they are installed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ def imports(rounds: int) -> None:
         return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
     took = turns(rounds, nothing=load(""), sdk=load("import openai"), ours=load("import companion"))
-    report("import companion / import openai", took["ours"] / took["sdk"], f"{took['ours']:.2f} s and {took['sdk']:.2f} s")
+    report(
+        "import companion / import openai",
+        took["ours"] / took["sdk"],
+        f"{took['ours']:.2f} s and {took['sdk']:.2f} s",
+    )
     both = turns(rounds, sdk=load("import openai"), ours=load("import companion, openai"))
     report("import companion and openai / import openai", both["ours"] / both["sdk"], "")
 
@@ -76,12 +81,20 @@ def starts() -> None:
         home = os.environ | {"COMPANION_HOME": folder}
 
         def first_token() -> float:
-            done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=home, capture_output=True, text=True, check=True
+            )
             return float(done.stdout)
 
         cold, warm = first_token(), statistics.median(first_token() for _ in range(3))
-        subprocess.run([sys.executable, "-c", "from companion.cli import main; main()", "stop"], env=home, check=True)
-    report("client() to first token, cold / warm", cold / warm, f"{cold:.2f} s and {warm:.2f} s, imports included")
+        subprocess.run(
+            [sys.executable, "-c", "from companion.cli import main; main()", "stop"], env=home, check=True
+        )
+    report(
+        "client() to first token, cold / warm",
+        cold / warm,
+        f"{cold:.2f} s and {warm:.2f} s, imports included",
+    )
 
 
 def streams(rounds: int) -> None:
@@ -94,20 +107,34 @@ def streams(rounds: int) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = str(weights.path(MODEL))
     params.verbosity = 0
-    params.n_parallel, params.n_ctx, params.kv_unified, params.cache_ram_mib = 8, 8192, True, 0
+    params.n_parallel, params.n_ctx, params.kv_unified, params.cache_ram_mib = 8, 16384, False, 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_Q8_0
     server = xllamacpp.Server(params)
     made: dict[str, int] = {}
 
     def direct(number: int = 0) -> int:
-        body = {"messages": varied(number), **options, "cache_prompt": False, "top_k": 0, "min_p": 0.0, "top_p": 1.0}
+        body = {
+            "messages": varied(number),
+            **options,
+            "cache_prompt": False,
+            "top_k": 0,
+            "min_p": 0.0,
+            "top_p": 1.0,
+        }
         return server.handle_chat_completions(body)["usage"]["completion_tokens"]
 
     def whole(number: int = 0) -> int:
-        return client.chat.completions.create(model=MODEL, messages=varied(number), **options).usage.completion_tokens
+        return client.chat.completions.create(
+            model=MODEL, messages=varied(number), **options
+        ).usage.completion_tokens
 
     def streamed(number: int = 0) -> int:
         chunks = client.chat.completions.create(
-            model=MODEL, messages=varied(number), stream=True, stream_options={"include_usage": True}, **options
+            model=MODEL,
+            messages=varied(number),
+            stream=True,
+            stream_options={"include_usage": True},
+            **options,
         )
         return [chunk.usage for chunk in chunks if chunk.usage][-1].completion_tokens
 
@@ -138,7 +165,11 @@ def streams(rounds: int) -> None:
         base = "direct8" if side.endswith("8") else "direct"
         note = f"{rate[side]:.0f} and {rate[base]:.0f} tokens/s"
         report(f"gateway and SDK / xllamacpp called directly: {side}", rate[side] / rate[base], note)
-    report("eight streams / one, through the gateway", rate["whole8"] / rate["whole"], f"{rate['whole8']:.0f} tokens/s")
+    report(
+        "eight streams / one, through the gateway",
+        rate["whole8"] / rate["whole"],
+        f"{rate['whole8']:.0f} tokens/s",
+    )
     memory(client)
     try:
         import torch
@@ -149,7 +180,9 @@ def streams(rounds: int) -> None:
     file = weights.path(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
     def generate() -> None:
         with torch.inference_mode():
@@ -157,7 +190,11 @@ def streams(rounds: int) -> None:
 
     both = turns(max(rounds // 2, 1), ours=counted("ours", whole), theirs=generate)
     ratio = (made["ours"] / both["ours"]) / (TOKENS / both["theirs"])
-    report("one stream / transformers generate, bf16", ratio, f"transformers {TOKENS / both['theirs']:.0f} tokens/s")
+    report(
+        "one stream / transformers generate, bf16",
+        ratio,
+        f"transformers {TOKENS / both['theirs']:.0f} tokens/s",
+    )
 
 
 def memory(client) -> None:
