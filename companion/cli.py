@@ -14,6 +14,7 @@ import typer
 app = typer.Typer(
     help="GPT for customer service and sales: the course's command.",
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     add_completion=False,
 )
 CHECKOUT = Path(__file__).parents[1]

@@ -18,7 +18,8 @@ class Engine:
 
     file: a GGUF model. name: what replies carry as `model`. kind: "chat" or "embedding". adapters: GGUF LoRA
     files that are applied to every request. key: what the server asks for as a bearer token. `address` is the
-    server's root, such as http://127.0.0.1:40123. An answer does not depend on what else is computed. Raises RuntimeError where llama.cpp cannot load the file.
+    server's root, such as http://127.0.0.1:40123. An answer does not depend on what else is computed.
+    Raises RuntimeError where llama.cpp cannot load the file.
     """
 
     def __init__(self, file: Path, name: str, kind: str, adapters: Sequence[Path] = (), *, key: str) -> None:

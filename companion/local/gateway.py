@@ -260,8 +260,10 @@ def serve(
 
     port: 0 takes a free one. token: None draws one. idle: leave after so many seconds without a request, once
     no process that asked for a `client()` is alive; 0 never leaves. shared: let `companion.client()` find
-    this endpoint. Raises OSError where the port is taken.
+    this endpoint. Raises ValueError for a port that does not exist, OSError where it is taken.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port {port} does not exist: take one from 1 to 65535, or 0 for a free one")
     sock = socket.socket()
     if os.name == "posix":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
