@@ -3,7 +3,6 @@
 What a test run does to its home (logs, locks, the endpoint's file) does not touch the user's.
 """
 
-import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +43,3 @@ def client(companion_home):
 def root() -> Path:
     """The repository."""
     return ROOT
-
-
-os.environ.setdefault("MPLBACKEND", "agg")
