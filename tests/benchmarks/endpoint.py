@@ -123,6 +123,12 @@ def streams(rounds: int) -> None:
         }
         return server.handle_chat_completions(body)["usage"]["completion_tokens"]
 
+    def direct_streamed(number: int = 0) -> int:
+        chunks: list = []
+        body = {"messages": varied(number), **options, "top_k": 0, "min_p": 0.0, "top_p": 1.0, "stream": True}
+        server.handle_chat_completions(body, chunks.append)
+        return chunks[-1]["timings"]["predicted_n"]
+
     def whole(number: int = 0) -> int:
         return client.chat.completions.create(
             model=MODEL, messages=varied(number), **options
@@ -155,14 +161,16 @@ def streams(rounds: int) -> None:
         rounds,
         direct=counted("direct", direct),
         whole=counted("whole", whole),
+        direct_streamed=counted("direct_streamed", direct_streamed),
         streamed=counted("streamed", streamed),
         direct8=counted("direct8", lambda: eight(direct)),
         whole8=counted("whole8", lambda: eight(whole)),
+        direct_streamed8=counted("direct_streamed8", lambda: eight(direct_streamed)),
         streamed8=counted("streamed8", lambda: eight(streamed)),
     )
     rate = {name: made[name] / seconds for name, seconds in took.items()}
     for side in ("whole", "streamed", "whole8", "streamed8"):
-        base = "direct8" if side.endswith("8") else "direct"
+        base = side.replace("whole", "direct").replace("streamed", "direct_streamed")
         note = f"{rate[side]:.0f} and {rate[base]:.0f} tokens/s"
         report(f"gateway and SDK / xllamacpp called directly: {side}", rate[side] / rate[base], note)
     report(
