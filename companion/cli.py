@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import webbrowser
@@ -176,10 +175,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COMPANION_TRACEBACK"):
-            raise
         raise SystemExit(f"companion: {error}") from None
     except Exception as error:
-        if type(error).__module__.split(".")[0] != "openai" or os.environ.get("COMPANION_TRACEBACK"):
+        if type(error).__module__.split(".")[0] != "openai":
             raise
         raise SystemExit(f"companion: {error}") from None
