@@ -3,13 +3,9 @@
 What a test run does to its home (logs, locks, the endpoint's file) does not touch the user's.
 """
 
-from pathlib import Path
-
 import pytest
 
 from companion.local import process, weights
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,9 +33,3 @@ def client(companion_home):
     from companion.backend import client
 
     return client()
-
-
-@pytest.fixture(scope="session")
-def root() -> Path:
-    """The repository."""
-    return ROOT
