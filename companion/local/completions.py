@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cache
 from typing import Any
 
-import httpx
+import aiohttp
 
 from . import toolcalls
 from .engine import CONTEXT, EMBEDDING_CONTEXT, Engine
@@ -29,14 +29,22 @@ class Upstream:
     """The HTTP connection to llama.cpp's servers, shared by all requests of this process."""
 
     def __init__(self) -> None:
-        self.http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
+        self._session: aiohttp.ClientSession | None = None
+
+    def _post(self, engine: Engine, route: str, body: dict):
+        if self._session is None:  # here, since a session belongs to the event loop that runs
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
+            )
+        return self._session.post(engine.address + route, json=body, headers=engine.headers)
 
     async def post(self, engine: Engine, route: str, body: dict) -> dict:
         """llama.cpp's answer; its errors are raised as OpenAI's."""
-        reply = await self.http.post(engine.address + route, json=body, headers=engine.headers)
-        if reply.status_code != 200:
-            raise _refused(reply.status_code, reply.content, PROMPTS.get(route))
-        return reply.json()
+        async with self._post(engine, route, body) as reply:
+            content = await reply.read()
+        if reply.status != 200:
+            raise _refused(reply.status, content, PROMPTS.get(route))
+        return json.loads(content)
 
     @asynccontextmanager
     async def stream(self, engine: Engine, body: dict) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -45,16 +53,23 @@ class Upstream:
         Awaits the reply's head, so that a refusal is raised before anything is sent on.
         """
         route = "/v1/chat/completions"
-        asked = self.http.stream("POST", engine.address + route, json=body, headers=engine.headers)
-        async with asked as reply:
-            if reply.status_code != 200:
-                raise _refused(reply.status_code, await reply.aread(), PROMPTS[route])
-            yield _events(reply)
+        async with self._post(engine, route, body) as reply:
+            if reply.status != 200:
+                raise _refused(reply.status, await reply.read(), PROMPTS[route])
+            try:
+                yield _events(reply.content)
+            finally:
+                reply.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
 
 
-async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
     rest = b""
-    async for piece in reply.aiter_raw():
+    async for piece in content.iter_any():
         *events, rest = (rest + piece).split(b"\n\n")
         for event in events:
             if event.startswith(b"data: ") and event != b"data: [DONE]":

@@ -287,7 +287,7 @@ def serve(
         yield
         watch.cancel()
         await warm
-        await state.upstream.http.aclose()
+        await state.upstream.close()
         state.engines.close()
 
     config = uvicorn.Config(

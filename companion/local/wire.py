@@ -94,7 +94,7 @@ class Sampled(Request):
 class Penalised(Sampled):
     """What the two completion routes know beyond that."""
 
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] | None = None
     seed: StrictInt | None = None
     presence_penalty: StrictFloat | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: StrictFloat | None = Field(default=None, ge=-2, le=2)
@@ -126,15 +126,15 @@ class Part(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | Annotated[list[Part], Field(min_length=1)] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: StrictStr | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: StrictStr | None = None
 
 
 class ChatRequest(Penalised):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: StrictInt | None = Field(default=None, ge=1, le=128)
@@ -143,7 +143,7 @@ class ChatRequest(Penalised):
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tools: list[Tool] | None = Field(default=None, max_length=128, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
 
@@ -163,7 +163,12 @@ class CompletionRequest(Penalised):
 class EmbeddingRequest(Request):
     """POST /v1/embeddings."""
 
-    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    input: (
+        StrictStr
+        | Annotated[list[StrictStr], Field(fail_fast=True)]
+        | Annotated[list[StrictInt], Field(fail_fast=True)]
+        | Annotated[list[list[StrictInt]], Field(fail_fast=True)]
+    )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: StrictInt | None = None
 
@@ -195,17 +200,17 @@ class Item(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: StrictStr | Annotated[list[Part], Field(min_length=1)] | None = None
+    content: StrictStr | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = None
     call_id: StrictStr | None = None
     name: StrictStr | None = None
     arguments: StrictStr | None = None
-    output: StrictStr | Annotated[list[Part], Field(min_length=1)] | None = None
+    output: StrictStr | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = None
 
 
 class ResponsesRequest(Sampled):
     """POST /v1/responses."""
 
-    input: StrictStr | Annotated[list[Item], Field(min_length=1)]
+    input: StrictStr | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: StrictStr | None = None
     previous_response_id: StrictStr | None = None
     stream: StrictBool | None = None
@@ -217,7 +222,7 @@ class ResponsesRequest(Sampled):
     seed: StrictInt | None = None
     max_output_tokens: Tokens | None = None
     text: TextOptions | None = None
-    tools: list[ResponsesTool] | None = Field(default=None, max_length=128)
+    tools: list[ResponsesTool] | None = Field(default=None, max_length=128, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
     parallel_tool_calls: StrictBool | None = None
     metadata: dict[str, StrictStr] | None = None

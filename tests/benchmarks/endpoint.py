@@ -19,6 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
+
 import companion
 from companion.local import process, weights
 
@@ -109,7 +111,9 @@ def streams(rounds: int) -> None:
     params.verbosity = 0
     params.n_parallel, params.n_ctx, params.kv_unified, params.cache_ram_mib = 8, 16384, False, 0
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_Q8_0
+    params.n_threads_http = 64
     server = xllamacpp.Server(params)
+    bare = openai.OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
     made: dict[str, int] = {}
 
     def direct(number: int = 0) -> int:
@@ -134,15 +138,18 @@ def streams(rounds: int) -> None:
             model=MODEL, messages=varied(number), **options
         ).usage.completion_tokens
 
-    def streamed(number: int = 0) -> int:
-        chunks = client.chat.completions.create(
-            model=MODEL,
-            messages=varied(number),
-            stream=True,
-            stream_options={"include_usage": True},
-            **options,
-        )
+    def read(client, **more) -> int:
+        """A stream read to its end by the SDK."""
+        usage = {"include_usage": True}
+        chunks = client.chat.completions.create(model=MODEL, stream=True, stream_options=usage, **more)
         return [chunk.usage for chunk in chunks if chunk.usage][-1].completion_tokens
+
+    def streamed(number: int = 0) -> int:
+        return read(client, messages=varied(number), **options)
+
+    def sdk_streamed(number: int = 0) -> int:
+        """The SDK at llama.cpp's own HTTP server: what reading events costs without the gateway."""
+        return read(bare, messages=varied(number), extra_body={"top_k": 0, "min_p": 0.0}, **options)
 
     def varied(number: int) -> list[dict]:
         return [{"role": "user", "content": f"{PROMPT} It is walk number {number}."}]
@@ -163,16 +170,21 @@ def streams(rounds: int) -> None:
         whole=counted("whole", whole),
         direct_streamed=counted("direct_streamed", direct_streamed),
         streamed=counted("streamed", streamed),
+        sdk_streamed=counted("sdk_streamed", sdk_streamed),
         direct8=counted("direct8", lambda: eight(direct)),
         whole8=counted("whole8", lambda: eight(whole)),
         direct_streamed8=counted("direct_streamed8", lambda: eight(direct_streamed)),
         streamed8=counted("streamed8", lambda: eight(streamed)),
+        sdk_streamed8=counted("sdk_streamed8", lambda: eight(sdk_streamed)),
     )
     rate = {name: made[name] / seconds for name, seconds in took.items()}
     for side in ("whole", "streamed", "whole8", "streamed8"):
         base = side.replace("whole", "direct").replace("streamed", "direct_streamed")
         note = f"{rate[side]:.0f} and {rate[base]:.0f} tokens/s"
         report(f"gateway and SDK / xllamacpp called directly: {side}", rate[side] / rate[base], note)
+    for side in ("streamed", "streamed8"):
+        note = f"{rate[side]:.0f} and {rate['sdk_' + side]:.0f} tokens/s"
+        report(f"gateway and SDK / SDK at llama.cpp: {side}", rate[side] / rate["sdk_" + side], note)
     report(
         "eight streams / one, through the gateway",
         rate["whole8"] / rate["whole"],
