@@ -19,10 +19,13 @@ NAMED = ("properties", "$defs", "definitions")  # JSON schema's keywords that ho
 LONGEST = 200  # characters of a string argument without a maxLength: a small model may never close its quotes
 
 
-def plain_messages(messages: list[Message], tools: list[Tool]) -> list[dict[str, str]]:
+def plain_messages(
+    messages: list[Message], tools: list[Tool], *, may_end_with_call: bool = False
+) -> list[dict[str, str]]:
     """The conversation as plain texts with the roles system, user and assistant, tools and calls written out.
 
-    Raises ApiError for parts that are not text, for a tool result that answers no call, and for a call
+    may_end_with_call: whether calls that end the conversation may lack a result, as in an example to learn
+    from. Raises ApiError for parts that are not text, for a tool result that answers no call, and for a call
     without one.
     """
     plain: list[dict[str, str]] = []
@@ -57,7 +60,8 @@ def plain_messages(messages: list[Message], tools: list[Tool]) -> list[dict[str,
             plain[-1]["content"] += "\n" + text
         else:
             plain.append({"role": role, "content": text})
-    _all_answered(pending)
+    if not (may_end_with_call and messages[-1].role == "assistant"):
+        _all_answered(pending)
     return plain
 
 
