@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of the course's chat model (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in a process
+"""LoRA fine-tuning (Hu et al. 2021, https://arxiv.org/abs/2106.09685) of the course's chat model, in a process
 of its own: `python -m companion.local.training FOLDER`.
 
     examples   chat examples as tokens, with the weight of each in the loss

@@ -1,7 +1,7 @@
 """A trained adapter as files: for PEFT, for llama.cpp, and merged into the base model.
 
-Formats: https://huggingface.co/docs/peft/developer_guides/checkpoint and llama.cpp's `convert_lora_to_gguf.py`.
-Every file is written beside its place and then renamed.
+Formats: https://huggingface.co/docs/peft/developer_guides/checkpoint and llama.cpp's
+`convert_lora_to_gguf.py`. Every file is written beside its place and then renamed.
 """
 
 import json
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from .examples import Encoder
 from .model import GROUPS, Config, Model, interleaved, read_base
 
-REPOSITORIES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # a base model's Hugging Face name
+REPOSITORIES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # on Hugging Face
 
 
 @contextmanager
@@ -35,7 +35,10 @@ def _replaced(file: Path) -> Iterator[Path]:
 
 
 def save(model: Model, folder: Path, base: str) -> None:
-    """Write `adapter_model.safetensors`, `adapter_config.json` and `adapter.gguf`. base: the base model's name."""
+    """Write `adapter_model.safetensors`, `adapter_config.json` and `adapter.gguf`.
+
+    base: the base model's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for part in model.parts():
@@ -82,7 +85,7 @@ def _save_gguf(model: Model, file: Path) -> None:
 
 
 def merge(adapter: Path, base: Path, out: Path) -> None:
-    """Write a full checkpoint that transformers and vLLM load: the base model with the adapter added, in bfloat16.
+    """Write a full checkpoint that transformers and vLLM load: base model plus adapter, in bfloat16.
 
     adapter: a folder that `save` wrote. base: the base model's GGUF file. out: a new or empty folder. Raises
     FileExistsError where it holds something.

@@ -143,7 +143,7 @@ def batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list
 
 
 def pieces(batch: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """A batch in pieces of at most `most` tokens (or one example), of like length: what is computed at once."""
+    """A batch in pieces of at most `most` tokens (or one example), of like length."""
     piece: list[int] = []
     for number in sorted(batch, key=lambda number: lengths[number]):
         if piece and sum(lengths[other] for other in piece) + lengths[number] > most:

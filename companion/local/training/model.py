@@ -1,7 +1,7 @@
 """The base model with its adapter: the forward pass, the loss on what the assistant says, and its gradient.
 
-Llama's architecture (Touvron et al. 2023), as in transformers' `LlamaForCausalLM`, in whose order rows and names
-are kept, and PEFT's LoRA on all linear layers. What makes it quick on a processor: examples lie end to end,
+Llama's architecture (Touvron et al. 2023), as in transformers' `LlamaForCausalLM`, in whose order rows and
+names are kept, and PEFT's LoRA on all linear layers. What makes it quick on a processor: examples lie end to end,
 without padding; logits are computed only where a token counts in the loss; query, key and value, and gate and
 up, are one product each; the frozen weights get no gradient.
 """
@@ -51,7 +51,7 @@ GROUPS = (
 
 
 def read_base(file: Path) -> tuple[Config, dict[str, Tensor]]:
-    """The sizes and the weights (float32, under their GGUF names, rows in transformers' order) of a GGUF file."""
+    """The sizes and the weights of a GGUF file: float32, its own names, rows in transformers' order."""
     import gguf
 
     reader = gguf.GGUFReader(file)
@@ -80,7 +80,7 @@ def read_base(file: Path) -> tuple[Config, dict[str, Tensor]]:
 
 
 def interleaved(rows: Tensor, head: int, *, back: bool = False) -> Tensor:
-    """Rows [heads * head, …] of q or k in llama.cpp's order, where the halves of a head take turns; or `back`."""
+    """Rows [heads * head, …] of q or k in llama.cpp's order: a head's halves take turns; or `back`."""
     shape = (head // 2, 2) if back else (2, head // 2)
     return rows.reshape(-1, *shape, rows.shape[-1]).transpose(1, 2).reshape(rows.shape).contiguous()
 
@@ -331,8 +331,8 @@ class Part:
 class Model:
     """A base model with a LoRA adapter.
 
-    rank, alpha: the adapter's rank and scale (alpha / rank, kept in `b`'s factor). dtype: of the base model and
-    of all that is computed but sums. `parameters`: all trained values in one float32 tensor; `gradient`: theirs.
+    rank, alpha: of the adapter, which adds alpha / rank times its product. dtype: of the base model and of all
+    that is computed but sums. `parameters`: the trained values as one float32 tensor; `gradient`: theirs.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class Events:
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """Where and in which precision to train: a GPU where there is one; bfloat16 where the processor has it."""
+    """Where and how precisely to train: a GPU where there is one; bfloat16 where the processor has it."""
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator(), torch.bfloat16
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_instructions()
@@ -197,7 +197,7 @@ class Run:
         return True
 
     def learning_rate(self, step: int) -> float:
-        """Of step 0, 1, …: a linear warm-up, then half a cosine down to a tenth (Loshchilov and Hutter 2017)."""
+        """Of step 0, 1, …: a linear warm-up, then a cosine to a tenth (Loshchilov and Hutter 2017)."""
         peak = LEARNING_RATE * self.job["learning_rate_multiplier"]
         warm = max(1, round(WARM_UP * self.total_steps))
         if step < warm:
@@ -214,7 +214,7 @@ class Run:
             raise TrainingError(
                 "training_diverged",
                 f"The training loss is no longer a number at step {self.step + 1}. Try a lower "
-                f"learning_rate_multiplier than {rate:g}, such as {rate / 4:g}, and look for unusual examples.",
+                f"learning_rate_multiplier than {rate:g}, such as {rate / 4:g}, and look for odd examples.",
                 "learning_rate_multiplier",
             )
         if norm > LARGEST_GRADIENT:
@@ -235,7 +235,7 @@ class Run:
         )
 
     def _losses(self, examples: Sequence[Tokens], training: bool) -> tuple[float, int, int, float]:
-        """The loss (nats, summed by weight), the tokens predicted right, those counted, the sum of weights."""
+        """The loss (nats, summed by weight), the tokens predicted right, those counted, their weight."""
         counted = sum(int((example.weights > 0).sum()) for example in examples)
         total = sum(float(example.weights.sum()) for example in examples)
         loss, right = 0.0, 0
