@@ -1,5 +1,5 @@
-"""LoRA fine-tuning (Hu et al. 2021, https://arxiv.org/abs/2106.09685) of the course's chat model, in a process
-of its own: `python -m companion.local.training FOLDER`.
+"""LoRA fine-tuning (Hu et al. 2021, https://arxiv.org/abs/2106.09685) of the course's chat model, in a
+process of its own: `python -m companion.local.training FOLDER`.
 
     examples   chat examples as tokens, with the weight of each in the loss
     model      the base model and its adapter: the forward pass, the loss and its gradient

@@ -1,9 +1,9 @@
 """The base model with its adapter: the forward pass, the loss on what the assistant says, and its gradient.
 
 Llama's architecture (Touvron et al. 2023), as in transformers' `LlamaForCausalLM`, in whose order rows and
-names are kept, and PEFT's LoRA on all linear layers. What makes it quick on a processor: examples lie end to end,
-without padding; logits are computed only where a token counts in the loss; query, key and value, and gate and
-up, are one product each; the frozen weights get no gradient.
+names are kept, and PEFT's LoRA on all linear layers. What makes it quick on a processor: examples lie end to
+end, without padding; logits are computed only where a token counts in the loss; query, key and value, and
+gate and up, are one product each; the frozen weights get no gradient.
 """
 
 import math
@@ -331,8 +331,8 @@ class Part:
 class Model:
     """A base model with a LoRA adapter.
 
-    rank, alpha: of the adapter, which adds alpha / rank times its product. dtype: of the base model and of all
-    that is computed but sums. `parameters`: the trained values as one float32 tensor; `gradient`: theirs.
+    rank, alpha: of the adapter, which adds alpha / rank times its product. dtype: of the base model and of
+    all that is computed but sums. `parameters`: the trained values as one float32 tensor; `gradient`: theirs.
     """
 
     def __init__(
