@@ -89,6 +89,74 @@ def chat(system: Annotated[str | None, typer.Option(help="Instructions for the m
 
 
 @app.command()
+def finetune(
+    training: Annotated[Path, typer.Argument(help="Examples: a JSONL file of OpenAI's chat format.")],
+    validation: Annotated[Path | None, typer.Option(help="Examples to watch the training with.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to start from.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="A name of your own in the tuned model's name.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each example is seen.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
+    learning_rate_multiplier: Annotated[
+        float | None, typer.Option(help="Of the learning rate that the endpoint takes by itself.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same model.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Start the job, print its id, and leave.")] = False,
+) -> None:
+    """Fine-tune a model on your examples, and print its name."""
+    from companion import dataset, finetuning
+
+    def chosen(value):
+        return "auto" if value is None else value
+
+    try:
+        job = finetuning.fine_tune(
+            training,
+            validation,
+            model=model,
+            suffix=suffix,
+            n_epochs=chosen(epochs),
+            batch_size=chosen(batch_size),
+            learning_rate_multiplier=chosen(learning_rate_multiplier),
+            seed=seed,
+        )
+    except dataset.DatasetError as error:
+        for problem in error.problems:
+            print(f"{error.source}: {problem}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if detach:
+        print(job.id)
+        return
+    job = finetuning.follow(job)
+    if job.status != "succeeded":  # cancelled, or left to itself by Ctrl-C
+        raise SystemExit(1)
+    print(job.fine_tuned_model)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="A fine-tuning job or a tuned model.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="A full checkpoint, base and adapter in one.")
+    ] = False,
+    trl: Annotated[bool, typer.Option("--trl", help="The job, for `trl sft` on a cluster.")] = False,
+) -> None:
+    """Write a tuned model's adapter, for PEFT and for llama.cpp, or what --merged and --trl say."""
+    from companion.local import export as exports
+
+    if merged and trl:
+        raise ValueError("--merged and --trl write different things: give one of them")
+    write = exports.merged if merged else exports.trl if trl else exports.adapter
+    write(name, out)
+    print(f"wrote {out}")
+    if trl:
+        print(
+            "on the cluster, where `pip install 'trl[peft]==1.16.0'` was run:\n"
+            f"cd {out} && accelerate launch -m trl.scripts.sft --config sft.yaml"
+        )
+
+
+@app.command()
 def pull() -> None:
     """Fetch the models (176 MB to download), and say where they are."""
     from companion.local import weights

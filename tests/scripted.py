@@ -3,6 +3,8 @@
 `Client("Hello", [("look_up", '{"id": "17"}')], RuntimeError("no"))` answers one chat request after the other:
 a string is a reply, a list of (name, arguments) asks for tools, an exception is raised, and `Broken(text)` is
 a reply whose stream ends in the middle. `requests` keeps every chat request as it was when it was sent.
+
+`Service(moment, moment, ...)` is the fine-tuning side of the API, behind a real `openai.OpenAI`.
 """
 
 import copy
@@ -13,6 +15,8 @@ import zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import httpx2
+import openai
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -119,6 +123,85 @@ class Client:
         return CreateEmbeddingResponse.model_validate(
             {"object": "list", "model": model, "data": data[::-1], "usage": usage}
         )
+
+
+class Service:
+    """Files, fine-tuning jobs and token counts, over HTTP as the SDK speaks it.
+
+    Each look at the job shows the next of `moments`, the last one for ever: a dict of the job's fields, with
+    "events" for how many of `events` there are by then (all, if not said), or an exception, raised instead.
+    `jobs` are those that a list shows. `requests` keeps (method, path, body), `files` what was uploaded.
+    """
+
+    def __init__(self, *moments, events=(), jobs=(), page=3, refuse=None):
+        self.moments, self.events, self.jobs, self.page = list(moments), list(events), list(jobs), page
+        self.refuse = refuse  # the message of a 400 for a job that is to be created
+        self.requests, self.files, self.known = [], {}, len(self.events)
+        http = httpx2.Client(transport=httpx2.MockTransport(self._answer))
+        self.client = openai.OpenAI(
+            base_url="http://scripted/v1", api_key="none", max_retries=0, http_client=http
+        )
+
+    def sent(self, method, path):
+        """The bodies of the requests to a route."""
+        return [body for *asked, body in self.requests if asked == [method, path]]
+
+    def _answer(self, request):
+        path = request.url.path.removeprefix("/v1")
+        is_json = request.headers.get("content-type") == "application/json"
+        body = json.loads(request.content) if is_json and request.content else None
+        self.requests.append((request.method, path, body))
+        if path == "/files":
+            name = re.search(rb'filename="([^"]*)"', request.content)[1].decode()
+            content = request.content.split(b"\r\n\r\n")[-1].rpartition(b"\r\n--")[0]
+            id = f"file-{len(self.files)}"
+            self.files[id] = content
+            found = {"id": id, "bytes": len(content), "created_at": 0, "filename": name, "object": "file"}
+            return httpx2.Response(200, json={**found, "purpose": "fine-tune", "status": "processed"})
+        if request.method == "DELETE":
+            del self.files[path.split("/")[-1]]
+            return httpx2.Response(200, json={"id": path.split("/")[-1], "object": "file", "deleted": True})
+        if path == "/responses/input_tokens":
+            texts = json.dumps([body["input"], body.get("tools")]).split()
+            return httpx2.Response(200, json={"object": "response.input_tokens", "input_tokens": len(texts)})
+        if path == "/fine_tuning/jobs" and request.method == "POST":
+            if self.refuse:
+                return httpx2.Response(400, json={"error": {"message": self.refuse}})
+            return httpx2.Response(200, json=job(**{"status": "validating_files", "model": body["model"]}))
+        if path == "/fine_tuning/jobs":
+            return self._page(self.jobs, request)
+        if path.endswith("/events"):
+            return self._page(self.events[: self.known][::-1], request)
+        if path == "/fine_tuning/jobs/ftjob-1":
+            moment = self.moments.pop(0) if len(self.moments) > 1 else self.moments[0]
+            if isinstance(moment, Exception):
+                raise moment
+            moment = dict(moment)
+            self.known = moment.pop("events", len(self.events))
+            return httpx2.Response(200, json=job(**moment))
+        return httpx2.Response(404, json={"error": {"message": f"no route {path}"}})
+
+    def _page(self, found, request):
+        after = request.url.params.get("after")
+        start = 1 + [one["id"] for one in found].index(after) if after else 0
+        size = min(self.page, int(request.url.params.get("limit", 20)))
+        more = len(found) > start + size
+        return httpx2.Response(200, json={"data": found[start : start + size], "has_more": more})
+
+
+def job(status, id="ftjob-1", **fields):
+    """A fine-tuning job as the API shows it."""
+    hyperparameters = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
+    common = {"id": id, "object": "fine_tuning.job", "status": status, "created_at": 0, "model": MODEL}
+    common |= {"organization_id": "org-1", "result_files": [], "seed": 0, "training_file": "file-0"}
+    return {**common, "hyperparameters": hyperparameters, **fields}
+
+
+def event(number, data=None):
+    """An event of a job, as the API shows it: a metric where it has data."""
+    common = {"id": f"ftevent-{number}", "object": "fine_tuning.job.event", "created_at": number}
+    kind = "metrics" if data else "message"
+    return {**common, "level": "info", "message": f"event {number}", "type": kind, "data": data or {}}
 
 
 def count(request):

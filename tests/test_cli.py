@@ -7,8 +7,11 @@ import time
 
 import openai
 import pytest
+import scripted
+import test_export
 
-from companion import diagnosis
+from companion import backend, cli, dataset, diagnosis, finetuning
+from companion.local.store import Store
 
 
 def run(*arguments, said="", **variables):
@@ -20,7 +23,18 @@ def run(*arguments, said="", **variables):
 
 def test_help_names_every_command():
     shown = run("--help").stdout
-    for command in ("book", "lab", "serve", "chat", "pull", "doctor", "release", "stop"):
+    for command in (
+        "book",
+        "lab",
+        "serve",
+        "chat",
+        "pull",
+        "doctor",
+        "release",
+        "stop",
+        "finetune",
+        "export",
+    ):
         assert command in shown
 
 
@@ -37,6 +51,9 @@ def test_chat_answers_and_leaves_at_the_end_of_input(client):
         (["pull"], {"COMPANION_MODEL_PATH": "/no/such/folder"}, "/no/such/folder"),
         (["serve", "--port", "70000"], {}, "70000"),
         (["release", "/no/such/folder"], {}, "/no/such/folder"),
+        (["finetune", "/no/such/file"], {}, "/no/such/file"),
+        (["export", "ft:none", "out"], {}, "'ft:none'"),
+        (["export", "ft:none", "out", "--merged", "--trl"], {}, "give one"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, variables, says):
@@ -116,3 +133,85 @@ def test_doctor_sees_a_wrong_version(monkeypatch):
     monkeypatch.setattr(diagnosis.metadata, "version", lambda name: "1.0" if name == "openai" else real(name))
     findings = [str(finding) for finding in diagnosis.examine() if not finding.good]
     assert any("openai is 1.0, not ==3.54.0" in finding and "pip install" in finding for finding in findings)
+
+
+@pytest.fixture
+def finetune(monkeypatch, tmp_path):
+    """`companion finetune` on twelve examples, against a scripted service."""
+    dataset.save(test_export.TWELVE, tmp_path / "train.jsonl")
+    monkeypatch.setattr(finetuning.time, "sleep", lambda seconds: None)
+
+    def call(service, *arguments):
+        monkeypatch.setattr(backend, "client", lambda: service.client)
+        path = str(tmp_path / "train.jsonl")
+        monkeypatch.setattr(sys, "argv", ["companion", "finetune", path, *arguments])
+        cli.main()
+
+    return call
+
+
+def test_finetune_follows_the_job_and_prints_the_models_name(finetune, capsys):
+    steps = [scripted.event(i, {"step": i, "total_steps": 3, "train_loss": 1 / i}) for i in (1, 2, 3)]
+    done = {"status": "succeeded", "fine_tuned_model": "ft:mine"}
+    service = scripted.Service({"status": "queued", "events": 0}, done, events=steps)
+    options = "--suffix mine --epochs 2 --batch-size 4 --learning-rate-multiplier 0.5 --seed 3"
+    with pytest.raises(SystemExit) as left:
+        finetune(service, *options.split())
+    assert not left.value.code
+    shown = capsys.readouterr()
+    assert shown.out == "ft:mine\n"
+    assert "waits for its turn" in shown.err and "3/3" in shown.err
+    (sent,) = service.sent("POST", "/fine_tuning/jobs")
+    assert (sent["suffix"], sent["seed"], sent["model"]) == ("mine", 3, backend.CHAT_MODEL)
+    assert sent["method"]["supervised"]["hyperparameters"] == {
+        "n_epochs": 2,
+        "batch_size": 4,
+        "learning_rate_multiplier": 0.5,
+    }
+
+
+def test_finetune_can_leave_the_job_to_itself(finetune, capsys):
+    service = scripted.Service()
+    with pytest.raises(SystemExit) as left:
+        finetune(service, "--detach")
+    assert not left.value.code
+    assert capsys.readouterr().out == "ftjob-1\n"
+    assert service.sent("GET", "/fine_tuning/jobs/ftjob-1") == []
+
+
+@pytest.mark.parametrize(
+    ("moment", "says"),
+    [
+        (
+            {"status": "failed", "error": {"code": "x", "message": "no space", "param": None}},
+            "failed: no space",
+        ),
+        ({"status": "cancelled"}, 1),
+    ],
+)
+def test_finetune_ends_with_an_error_where_there_is_no_model(moment, says, finetune, capsys):
+    with pytest.raises(SystemExit) as left:
+        finetune(scripted.Service(moment))
+    assert left.value.code == says or says in left.value.code
+    assert capsys.readouterr().out == ""
+
+
+def test_finetune_names_the_bad_lines_of_a_file_one_a_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('nonsense\n{"messages": []}\n{"messages": 5}\n')
+    done = run("finetune", str(tmp_path / "bad.jsonl"))
+    assert done.returncode == 1 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["line 1", "line 2", "line 3"]
+    assert all(line.startswith(str(tmp_path / "bad.jsonl")) for line in lines)
+
+
+def test_export_writes_an_adapter_or_an_order_for_trl(tmp_path):
+    store = Store(tmp_path / "home")
+    test_export.make_job(store)
+    store.close()
+    home = {"COMPANION_HOME": str(tmp_path / "home")}
+    assert run("export", "ft:one", str(tmp_path / "adapter"), **home).returncode == 0
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    done = run("export", "ftjob-1", str(tmp_path / "trl"), "--trl", **home)
+    assert (tmp_path / "trl" / "sft.yaml").exists()
+    assert f"cd {tmp_path / 'trl'} && accelerate launch" in done.stdout

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import InputTokenCountResponse, Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from companion.backend import CHAT_MODEL, EMBEDDING_MODEL
@@ -510,6 +510,35 @@ def test_a_streamed_response_calls_a_function(client, http):
     assert found[4].arguments == found[3].delta == call.arguments
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "shipped"}
     assert respond(client, [output], previous_response_id=found[-1].response.id).output_text
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"input": "Hello, Anna! 🧗 <|im_end|>"},
+        {"input": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}] * 3},
+        {"input": "Hi", "instructions": "Answer in one word."},
+        {"input": "Hi", "tools": [{"type": "function"} | LOOK_UP["function"]]},
+    ],
+    ids=["text", "messages", "instructions", "tools"],
+)
+def test_counted_input_tokens_are_those_of_the_answers_usage(client, asked):
+    raw = client.responses.input_tokens.with_raw_response.count(model=CHAT_MODEL, **asked)
+    counted = InputTokenCountResponse.model_validate(json.loads(raw.text), strict=True)
+    assert counted.input_tokens == respond(client, **{"asked": asked.pop("input")} | asked).usage.input_tokens
+
+
+def test_the_input_tokens_of_what_would_be_refused_are_not_counted(client):
+    before = respond(client)
+    counted = client.responses.input_tokens.count(
+        model=CHAT_MODEL, input="And again.", previous_response_id=before.id
+    )
+    assert counted.input_tokens > before.usage.input_tokens
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_tokens.count(model="gpt-9", input="Hi")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.input_tokens.count(model=CHAT_MODEL, input=[{"role": "user", "content": []}])
+    assert refused.value.param == "input[0].content"
 
 
 # --- embeddings and text completions ------------------------------------------------------------------------

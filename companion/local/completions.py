@@ -272,6 +272,14 @@ def _added(usages: list[dict]) -> dict:
     }
 
 
+async def prompt_tokens(upstream: Upstream, engine: Engine, request: ChatRequest) -> int:
+    """How many tokens the prompt of a chat request has: what its usage will say."""
+    messages = {"messages": engine_body(request)["messages"]}
+    prompt = (await upstream.post(engine, "/apply-template", messages))["prompt"]
+    text = {"content": prompt, "add_special": True, "parse_special": True}
+    return len((await upstream.post(engine, "/tokenize", text))["tokens"])
+
+
 async def chat_stream(
     upstream: Upstream, engine: Engine, request: ChatRequest, stack: AsyncExitStack
 ) -> AsyncIterator[bytes]:

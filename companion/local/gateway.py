@@ -27,8 +27,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import completions, process, responses, weights
+from . import completions, files, jobs, process, responses, weights
 from .engine import Engine, Engines
+from .store import Store, StoreError
+from .supervisor import Supervisor
 from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, decoded, parse
 
 log = logging.getLogger("companion.endpoint")
@@ -42,15 +44,21 @@ class State:
 
     def __init__(self, token: str) -> None:
         self.token = token
-        self.engines = Engines(functools.partial(load, key=token))
+        self.store = Store()
+        self.supervisor = Supervisor(self.store)
+        self.engines = Engines(functools.partial(load, self.store, key=token))
         self.upstream = completions.Upstream()
         self.conversations = responses.Conversations()
         self.last_request = time.monotonic()
         self.open_requests = 0
 
 
-def load(name: str, key: str) -> Engine:
-    """Start the engine of a model of the course. key: what the engine asks for in turn."""
+def load(store: Store, name: str, key: str) -> Engine:
+    """Start the engine of a model, the course's or a fine-tuned one. key: what it asks for in turn."""
+    if tuned := store.model(name):
+        base = weights.path(tuned.base, progress=False)
+        return Engine(base, name, "chat", adapters=[tuned.adapter], key=key)
+    _known(store, name)
     entry = weights.weights(name)
     return Engine(weights.path(name, progress=False), name, entry.kind, key=key)
 
@@ -93,6 +101,11 @@ def create_app(token: str, lifespan=None) -> FastAPI:
     async def api_error(request: Request, error: ApiError) -> Response:
         return _error(error)
 
+    @app.exception_handler(StoreError)
+    async def not_stored(request: Request, error: StoreError) -> Response:
+        status, code = (507, "insufficient_storage") if error.full else (500, None)
+        return _error(ApiError(str(error), status=status, type="server_error", code=code))
+
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         what = f"{request.method} {request.url.path}"
@@ -107,60 +120,87 @@ def create_app(token: str, lifespan=None) -> FastAPI:
             ApiError(f"The endpoint failed: {type(error).__name__}.", status=500, type="server_error")
         )
 
+    app.include_router(files.routes(state.store))
+    app.include_router(jobs.routes(state.store, state.supervisor, _body))
+
     @app.get("/v1/models")
     async def list_models() -> dict:
-        return {"object": "list", "data": [_model(name) for name in weights.MODELS]}
+        return {"object": "list", "data": _models(state.store)}
 
     @app.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> dict:
-        _known(name)
-        return _model(name)
+        _known(state.store, name)
+        return next(model for model in _models(state.store) if model["id"] == name)
 
     @app.delete("/v1/models/{name:path}")
-    async def delete_model(name: str) -> dict:
-        _known(name)
-        message = f"The model '{name}' ships with the course and cannot be deleted."
-        raise ApiError(message, status=403, param="model", code="model_not_deletable")
+    def delete_model(name: str) -> dict:
+        _known(state.store, name)
+        if name in weights.MODELS:
+            message = f"The model '{name}' ships with the course and cannot be deleted."
+            raise ApiError(message, status=403, param="model", code="model_not_deletable")
+        jobs.delete_model(state.store, name)
+        state.engines.drop(name)
+        return {"id": name, "object": "model", "deleted": True}
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
-        engine = await _engine(state, asked.model, "chat")
-        if not asked.stream:
+
+        async def stream(stack: AsyncExitStack) -> AsyncIterator[bytes]:
+            engine = await stack.enter_async_context(_engine(state, asked.model, "chat"))
+            return await completions.chat_stream(state.upstream, engine, asked, stack)
+
+        if asked.stream:
+            return await _streamed(request, stream)
+        async with _engine(state, asked.model, "chat") as engine:
             return await _whole(request, completions.chat(state.upstream, engine, asked))
-        return await _streamed(
-            request, lambda stack: completions.chat_stream(state.upstream, engine, asked, stack)
-        )
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request))
-        engine = await _engine(state, asked.model, "chat")
-        return await _whole(request, completions.completion(state.upstream, engine, asked))
+        async with _engine(state, asked.model, "chat") as engine:
+            return await _whole(request, completions.completion(state.upstream, engine, asked))
 
     @app.post("/v1/embeddings")
     async def embed(request: Request) -> Response:
         asked = parse(EmbeddingRequest, await _body(request))
-        engine = await _engine(state, asked.model, "embedding")
-        return await _whole(request, completions.embeddings(state.upstream, engine, asked))
+        async with _engine(state, asked.model, "embedding") as engine:
+            return await _whole(request, completions.embeddings(state.upstream, engine, asked))
 
     @app.post("/v1/responses")
     async def respond(request: Request) -> Response:
         asked = parse(ResponsesRequest, await _body(request))
-        engine = await _engine(state, asked.model, "chat")
+        _known(state.store, asked.model, "chat")
         chat_request, messages = responses.chat_request(asked, state.conversations)
+
+        async def stream(stack: AsyncExitStack) -> AsyncIterator[bytes]:
+            engine = await stack.enter_async_context(_engine(state, asked.model, "chat"))
+            with responses.in_own_terms(asked, messages):
+                chunks = await completions.chat_stream(state.upstream, engine, chat_request, stack)
+            return responses.events(asked, state.conversations, messages, chunks)
+
+        if asked.stream:
+            return await _streamed(request, stream)
 
         async def answer() -> dict:
             found = responses.response(asked, await completions.chat(state.upstream, engine, chat_request))
             state.conversations.keep(found, asked, messages)
             return found
 
-        async def stream(stack: AsyncExitStack) -> AsyncIterator[bytes]:
-            chunks = await completions.chat_stream(state.upstream, engine, chat_request, stack)
-            return responses.events(asked, state.conversations, messages, chunks)
+        async with _engine(state, asked.model, "chat") as engine:
+            with responses.in_own_terms(asked, messages):
+                return await _whole(request, answer())
 
-        with responses.in_own_terms(asked, messages):
-            return await (_streamed(request, stream) if asked.stream else _whole(request, answer()))
+    @app.post("/v1/responses/input_tokens")
+    async def count_input(request: Request) -> Response:
+        asked = parse(ResponsesRequest, await _body(request))
+        _known(state.store, asked.model, "chat")
+        chat_request, messages = responses.chat_request(asked, state.conversations)
+
+        async with _engine(state, asked.model, "chat") as engine:
+            with responses.in_own_terms(asked, messages):
+                tokens = await completions.prompt_tokens(state.upstream, engine, chat_request)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": tokens})
 
     return app
 
@@ -169,18 +209,22 @@ def _error(error: ApiError) -> Response:
     return JSONResponse(error.body, status_code=error.status)
 
 
-def _known(name: str) -> None:
-    if name not in weights.MODELS:
-        raise ApiError(
-            f"The model '{name}' does not exist; this endpoint has {', '.join(weights.MODELS)}.",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+def _models(store: Store) -> list[dict]:
+    own = {"object": "model", "created": CREATED, "owned_by": "companion", "shutdown_date": None}
+    return [own | {"id": name} for name in weights.MODELS] + store.models()
 
 
-def _model(name: str) -> dict:
-    return {"id": name, "object": "model", "created": CREATED, "owned_by": "companion", "shutdown_date": None}
+def _known(store: Store, name: str, kind: str | None = None) -> None:
+    """Raise ApiError where there is no such model, or it is not of this kind."""
+    entry = weights.MODELS.get(name)
+    if not entry and not store.model(name):
+        names = ", ".join(model["id"] for model in _models(store))
+        message = f"The model '{name}' does not exist; this endpoint has {names}."
+        raise ApiError(message, status=404, param="model", code="model_not_found")
+    serves = entry.kind if entry else "chat"
+    if kind and serves != kind:
+        message = f"The model '{name}' is no {kind} model; it serves {serves}."
+        raise ApiError(message, param="model", code="model_not_supported")
 
 
 async def _body(request: Request):
@@ -195,15 +239,15 @@ async def _body(request: Request):
     return decoded(bytes(raw))
 
 
-async def _engine(state: State, name: str, kind: str) -> Engine:
-    _known(name)
-    if weights.MODELS[name].kind != kind:
-        message = f"The model '{name}' is no {kind} model; it serves {weights.MODELS[name].kind}."
-        raise ApiError(message, param="model", code="model_not_supported")
-    try:
-        return await asyncio.to_thread(state.engines.get, name)
-    except RuntimeError as error:  # WeightsError among them
-        raise ApiError(str(error), status=503, type="server_error", code="model_not_available") from None
+@asynccontextmanager
+async def _engine(state: State, name: str, kind: str) -> AsyncIterator[Engine]:
+    _known(state.store, name, kind)
+    with state.engines.use(name):
+        try:
+            engine = await asyncio.to_thread(state.engines.get, name)
+        except RuntimeError as error:  # WeightsError among them
+            raise ApiError(str(error), status=503, type="server_error", code="model_not_available") from None
+        yield engine
 
 
 async def _whole(request: Request, answer: Awaitable[dict]) -> Response:
@@ -280,12 +324,14 @@ def serve(
         watch = asyncio.create_task(
             _leave_when_idle(state, idle, lambda: setattr(server, "should_exit", True))
         )
+        state.supervisor.start()
         if shared:
             process.announce(process.Endpoint(base_url, token, os.getpid()))
         else:
             print(f"OPENAI_BASE_URL={base_url}\nOPENAI_API_KEY={token}", flush=True)
         yield
         watch.cancel()
+        await asyncio.to_thread(state.supervisor.close)
         await warm
         await state.upstream.close()
         state.engines.close()
@@ -309,7 +355,7 @@ async def _leave_when_idle(state: State, idle: float, leave: Callable[[], None])
         if state.open_requests or time.monotonic() - state.last_request < idle:
             continue
         await asyncio.to_thread(state.engines.close)
-        if not process.leases():
+        if not state.store.busy() and not process.leases():
             leave()
             return
 

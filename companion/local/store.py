@@ -1,6 +1,6 @@
 """What the endpoint remembers: files, jobs, their events and checkpoints, and fine-tuned models.
 
-One SQLite database in the companion's home, with every object as the API shows it, in JSON, beside the columns
+One SQLite database in the companion's home, with every object as the API shows it, in JSON, and the columns
 that are searched. Contents lie beside it: `files/<id>` and `jobs/<id>/`. Several processes may have it open,
 and any of them may be killed at any moment. Nothing here knows of HTTP, or of how models are trained.
 """
@@ -25,13 +25,16 @@ from .weights import home
 
 ACTIVE = ("validating_files", "queued", "running")
 UNFINISHED = (*ACTIVE, "paused")
+RESERVE = 256 << 10  # bytes that are kept back, to say on a full disk that it is full
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, purpose TEXT NOT NULL, object TEXT NOT NULL);
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, purpose TEXT NOT NULL,
+    object TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, object TEXT NOT NULL);
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL,
+    object TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job TEXT NOT NULL, key TEXT NOT NULL,
     object TEXT NOT NULL, UNIQUE (job, key));
@@ -69,7 +72,8 @@ def reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.Error) as error:
-        full = getattr(error, "errno", None) in FULL or "full" in str(error)
+        sqlite_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        full = sqlite_full or getattr(error, "errno", None) in FULL
         mend = "free some space" if full else "see that this folder can be written"
         reason = getattr(error, "strerror", None) or error
         raise StoreError(f"The endpoint cannot write to {folder} ({reason}): {mend}.", full) from error
@@ -82,15 +86,11 @@ def new_id(prefix: str, size: int = 24) -> str:
 
 def link(source: Path, target: Path) -> None:
     """Give a file's content a second name; where the file system has no hard links, copy it."""
-    with contextlib.suppress(FileExistsError):
-        try:
-            os.link(source, target)
-        except FileExistsError:
-            raise
-        except OSError:
-            new = target.with_name(f"{target.name}.new")
-            shutil.copyfile(source, new)
-            os.replace(new, target)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 class Store:
@@ -101,31 +101,44 @@ class Store:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or home()
-        self._lock = threading.RLock()
+        self._reserve = self.folder / "reserve"
+        self._lock, self._reading = threading.RLock(), threading.Lock()
+        self._changing: int | None = None  # the thread inside `change`
         with reported(self.folder):
             (self.folder / "files").mkdir(parents=True, exist_ok=True)
             (self.folder / "jobs").mkdir(exist_ok=True)
-            self._db = sqlite3.connect(
-                self.folder / "endpoint.sqlite3", timeout=30, isolation_level=None, check_same_thread=False
+            file, options = self.folder / "endpoint.sqlite3", {"timeout": 30, "isolation_level": None}
+            self._db, self._reader = (
+                sqlite3.connect(file, check_same_thread=False, **options) for _ in range(2)
             )
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(SCHEMA)
+        with contextlib.suppress(OSError):
+            if not self._reserve.exists():
+                self._reserve.write_bytes(bytes(RESERVE))
 
     def close(self) -> None:
         """Close the database."""
-        with self._lock:
+        with self._lock, self._reading:
             self._db.close()
+            self._reader.close()
+
+    def use_reserve(self) -> None:
+        """Free the space that is kept back for what must be written on a full disk."""
+        with contextlib.suppress(OSError):
+            self._reserve.unlink()
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """A transaction: what is done inside is done wholly or not at all. One inside another is part of it."""
+        """A transaction: what is done inside is done wholly or not at all. One in another is part of it."""
         with self._lock:
             if self._db.in_transaction:
                 yield
                 return
             with reported(self.folder):
                 self._db.execute("BEGIN IMMEDIATE")
+                self._changing = threading.get_ident()
                 try:
                     yield
                     self._db.execute("COMMIT")
@@ -133,14 +146,18 @@ class Store:
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
                     raise
+                finally:
+                    self._changing = None
 
     def _do(self, sql: str, *values: Any) -> int:
         with self.change():
             return self._db.execute(sql, values).rowcount
 
     def _rows(self, sql: str, *values: Any) -> list[tuple]:
-        with self._lock, reported(self.folder):
+        if self._changing == threading.get_ident():
             return self._db.execute(sql, values).fetchall()
+        with self._reading, reported(self.folder):  # never waits for a change, which may wait for the disk
+            return self._reader.execute(sql, values).fetchall()
 
     def _object(self, table: str, id: str) -> dict | None:
         found = self._rows(f"SELECT object FROM {table} WHERE id = ?", id)
@@ -155,7 +172,7 @@ class Store:
         limit: int,
         ascending: bool = False,
     ) -> dict:
-        """A list object: at most `limit` objects behind the one with id `after`; LookupError if there is none."""
+        """A list: at most `limit` objects behind the one with id `after`; LookupError where there is none."""
         if after is not None:
             place = self._rows(f"SELECT number FROM {table} WHERE id = ?", after)
             if not place:
@@ -251,7 +268,7 @@ class Store:
         return self._page("jobs", [holds] * len(metadata), values, after, limit)
 
     def update_job(self, job_id: str, among: Iterable[str], **fields: Any) -> dict | None:
-        """Change fields of a job whose status is one of `among`; None where it is not, and nothing changed."""
+        """Change fields of a job if its status is one of `among`; else change nothing, and return None."""
         with self.change():
             job = self.job(job_id)
             if job is None or job["status"] not in among:
@@ -296,7 +313,8 @@ class Store:
         }
         return bool(
             self._do(
-                "INSERT INTO events (id, job, key, object) VALUES (?, ?, ?, ?) ON CONFLICT (job, key) DO NOTHING",
+                "INSERT INTO events (id, job, key, object) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (job, key) DO NOTHING",
                 event["id"],
                 job_id,
                 key,

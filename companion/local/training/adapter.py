@@ -4,8 +4,10 @@ Formats: https://huggingface.co/docs/peft/developer_guides/checkpoint and llama.
 `convert_lora_to_gguf.py`. Every file is written beside its place and then renamed.
 """
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +23,23 @@ REPOSITORIES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"} 
 
 
 @contextmanager
-def _replaced(file: Path) -> Iterator[Path]:
-    """A file to write that takes `file`'s place when all is written; nothing is left where that fails."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
+def replaced(file: Path) -> Iterator[Path]:
+    """A file to write that takes `file`'s place when all is written; nothing is left where that fails.
+
+    Raises OSError with ENOSPC where the disk is full, which every writer says in its own way.
+    """
+    new = file.with_name(f"{file.name}.new")
     try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        yield new
+        with new.open("rb+") as data:
+            os.fsync(data.fileno())
+        os.chmod(new, 0o644)
+        os.replace(new, file)
+    except BaseException as error:
+        free = shutil.disk_usage(file.parent).free
+        new.unlink(missing_ok=True)
+        if isinstance(error, Exception) and free < 1 << 20:
+            raise OSError(errno.ENOSPC, str(error)) from error
         raise
 
 
@@ -56,11 +65,11 @@ def save(model: Model, folder: Path, base: str) -> None:
         "target_modules": [names[0].split(".")[1] for group in GROUPS for names in group],
         "inference_mode": True,
     }
-    with _replaced(folder / "adapter_model.safetensors") as file:
+    with replaced(folder / "adapter_model.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})
-    with _replaced(folder / "adapter_config.json") as file:
+    with replaced(folder / "adapter_config.json") as file:
         file.write_text(json.dumps(config, indent=2) + "\n")
-    with _replaced(folder / "adapter.gguf") as file:
+    with replaced(folder / "adapter.gguf") as file:
         _save_gguf(model, file)
 
 
@@ -121,6 +130,8 @@ def merge(adapter: Path, base: Path, out: Path) -> None:
         files = _configuration(config, encoder, tied="lm_head.weight" not in merged)
         for file, content in files.items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+        for file in folder.iterdir():
+            os.chmod(file, 0o644)
         os.chmod(folder, 0o755)
         if out.exists():
             out.rmdir()

@@ -59,9 +59,9 @@ class Encoder:
         self._template = environment.from_string(self.template_source)
         self.end = names[value("ggml.eos_token_id")]
 
-    def render(self, messages: list[dict[str, str]], *, answer: bool = False) -> str:
-        """The text that the model reads; with `answer`, up to where the assistant begins to write."""
-        return self._template.render(messages=messages, add_generation_prompt=answer)
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text that the model reads."""
+        return self._template.render(messages=messages)
 
     def encode(self, example: dict) -> Tokens:
         """The tokens of one example of OpenAI's chat format. Raises ExampleError."""
@@ -86,13 +86,11 @@ class Encoder:
         for place, message in enumerate(plain):
             if message["role"] != "assistant":
                 continue
-            prompt, whole = self.render(plain[:place], answer=True), self.render(plain[: place + 1])
-            written = whole[len(prompt) :]
-            stop = written.rindex(self.end) + len(self.end)
-            add(prompt[len(done) :], 0)
-            add(written[:stop], given.pop(0))
-            add(written[stop:], 0)
-            done = whole
+            whole, written = self.render(plain[: place + 1]), message["content"] + self.end
+            start = whole.rindex(written)
+            add(whole[len(done) : start], 0)
+            add(written, given.pop(0))
+            done = whole[: start + len(written)]
         if len(ids) > CONTEXT:
             raise ExampleError("example_too_long", f"{len(ids)} tokens, where a request holds {CONTEXT}")
         if not any(weights):

@@ -58,7 +58,8 @@ def main(folder: Path) -> int:
         fault = {"code": "insufficient_storage", "message": message, "param": None}
     else:
         return 0
-    events.add("end", "end", outcome="failed", error=fault)
+    (folder / "state.pt").unlink(missing_ok=True)  # whose space the last event may need
+    Events(folder / "events.jsonl").add("end", "end", outcome="failed", error=fault)
     return 1
 
 
@@ -154,21 +155,8 @@ class Run:
         state = {name: getattr(self, name) for name in ("step", "trained_tokens", "checkpoints", "metrics")}
         state |= {"ended": self.ended, "values": self.values.detach()}
         state["optimizer"] = self.optimizer.state_dict()
-        new = self.folder / "state.pt.new"
-        try:
-            with new.open("wb") as out:
-                torch.save(state, out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(new, self.folder / "state.pt")
-        except RuntimeError as error:  # what torch makes of a full disk
-            new.unlink(missing_ok=True)
-            if shutil.disk_usage(self.folder).free < 256 << 20:
-                raise OSError(errno.ENOSPC, str(error)) from None
-            raise
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+        with adapter.replaced(self.folder / "state.pt") as file:
+            torch.save(state, file)
 
     # --- the way through ------------------------------------------------------------------------------------
 
@@ -209,14 +197,7 @@ class Run:
         self.model.gradient.zero_()
         loss, right, counted, total = self._losses(batch, training=True)
         norm = float(self.model.gradient.norm())
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            rate = self.job["learning_rate_multiplier"]
-            raise TrainingError(
-                "training_diverged",
-                f"The training loss is no longer a number at step {self.step + 1}. Try a lower "
-                f"learning_rate_multiplier than {rate:g}, such as {rate / 4:g}, and look for odd examples.",
-                "learning_rate_multiplier",
-            )
+        self._check(loss, norm)
         if norm > LARGEST_GRADIENT:
             self.model.gradient.mul_(LARGEST_GRADIENT / norm)
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.step)
@@ -234,6 +215,16 @@ class Run:
             **self.metrics,
         )
 
+    def _check(self, *numbers: float) -> None:
+        if not all(map(math.isfinite, numbers)):
+            rate = self.job["learning_rate_multiplier"]
+            raise TrainingError(
+                "training_diverged",
+                f"The loss is no longer a number after step {self.step}. Try a lower learning_rate_multiplier "
+                f"than {rate:g}, such as {rate / 4:g}, and look for odd examples.",
+                "learning_rate_multiplier",
+            )
+
     def _losses(self, examples: Sequence[Tokens], training: bool) -> tuple[float, int, int, float]:
         """The loss (nats, summed by weight), the tokens predicted right, those counted, their weight."""
         counted = sum(int((example.weights > 0).sum()) for example in examples)
@@ -246,11 +237,13 @@ class Run:
         return loss, right, counted, total
 
     def _end_epoch(self, epoch: int) -> None:
+        self._check(float(self.values.sum()))
         measured = dict(self.metrics)
         loss = self.metrics["train_loss"]
         if self.validation:
             summed, right, counted, total = self._losses(self.validation, training=False)
             loss, accuracy = summed / total, right / counted
+            self._check(loss)
             measured |= {"full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
             self.events.add(
                 "eval",
@@ -262,7 +255,11 @@ class Run:
                 valid_mean_token_accuracy=accuracy,
             )
         name = f"checkpoints/step-{self.step}"
-        adapter.save(self.model, self.folder / name, self.job["model"])
+        try:
+            adapter.save(self.model, self.folder / name, self.job["model"])
+        except OSError:
+            shutil.rmtree(self.folder / name)
+            raise
         self.checkpoints.append({"step": self.step, "folder": name, "loss": loss})
         self._drop_old()
         self.events.add("checkpoint", f"checkpoint-{self.step}", step=self.step, folder=name, **measured)
