@@ -22,7 +22,7 @@ def ids(paths):
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=ids(NOTEBOOKS))
 def test_a_run_gives_the_outputs_that_are_stored(notebook, client):
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1500"]
     command += ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(notebook)]
     # Figures are shown by the kernel's own backend, whatever this process was told to use.
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {

@@ -95,7 +95,8 @@ def main() -> int:
     if play["error"]:
         say("end", "end", outcome="failed", error=play["error"])
         return 1
-    say("end", "end", outcome="succeeded", best=name, trained_tokens=10 * steps)
+    best = max(int(one.name[5:]) for one in (folder / "checkpoints").iterdir())
+    say("end", "end", outcome="succeeded", best=f"checkpoints/step-{best}", trained_tokens=10 * steps)
     return 0
 
 

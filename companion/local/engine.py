@@ -89,6 +89,8 @@ class Engines:
         finally:
             with self._lock:
                 self._users[name] -= 1
+                if not self._users[name]:
+                    del self._users[name]
 
     def get(self, name: str) -> Engine:
         """The engine of model `name`, started where it is not running. For use inside `use`."""

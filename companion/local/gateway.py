@@ -124,11 +124,11 @@ def create_app(token: str, lifespan=None) -> FastAPI:
     app.include_router(jobs.routes(state.store, state.supervisor, _body))
 
     @app.get("/v1/models")
-    async def list_models() -> dict:
+    def list_models() -> dict:
         return {"object": "list", "data": _models(state.store)}
 
     @app.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> dict:
+    def retrieve_model(name: str) -> dict:
         _known(state.store, name)
         return next(model for model in _models(state.store) if model["id"] == name)
 
@@ -170,7 +170,6 @@ def create_app(token: str, lifespan=None) -> FastAPI:
     @app.post("/v1/responses")
     async def respond(request: Request) -> Response:
         asked = parse(ResponsesRequest, await _body(request))
-        _known(state.store, asked.model, "chat")
         chat_request, messages = responses.chat_request(asked, state.conversations)
 
         async def stream(stack: AsyncExitStack) -> AsyncIterator[bytes]:
@@ -194,7 +193,6 @@ def create_app(token: str, lifespan=None) -> FastAPI:
     @app.post("/v1/responses/input_tokens")
     async def count_input(request: Request) -> Response:
         asked = parse(ResponsesRequest, await _body(request))
-        _known(state.store, asked.model, "chat")
         chat_request, messages = responses.chat_request(asked, state.conversations)
 
         async with _engine(state, asked.model, "chat") as engine:
@@ -241,10 +239,13 @@ async def _body(request: Request):
 
 @asynccontextmanager
 async def _engine(state: State, name: str, kind: str) -> AsyncIterator[Engine]:
-    _known(state.store, name, kind)
+    def ready() -> Engine:
+        _known(state.store, name, kind)
+        return state.engines.get(name)
+
     with state.engines.use(name):
         try:
-            engine = await asyncio.to_thread(state.engines.get, name)
+            engine = await asyncio.to_thread(ready)
         except RuntimeError as error:  # WeightsError among them
             raise ApiError(str(error), status=503, type="server_error", code="model_not_available") from None
         yield engine

@@ -7,8 +7,8 @@ from pathlib import Path
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m companion.local.training FOLDER")
-    # Read when torch is loaded: threads that wait sleep. Spinning, on a machine that does other work too, they
-    # take the time of those they wait for, and training slows by far more than that work costs.
+    # Threads that wait sleep (torch reads this when it is loaded). Threads that spin take the time of those
+    # they wait for as soon as the machine has other work, and then training takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .run import main
 

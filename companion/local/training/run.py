@@ -220,8 +220,8 @@ class Run:
             rate = self.job["learning_rate_multiplier"]
             raise TrainingError(
                 "training_diverged",
-                f"The loss is no longer a number after step {self.step}. Try a lower learning_rate_multiplier "
-                f"than {rate:g}, such as {rate / 4:g}, and look for odd examples.",
+                f"The loss is no longer a number after step {self.step}. Try a lower "
+                f"learning_rate_multiplier than {rate:g}, such as {rate / 4:g}, and look for odd examples.",
                 "learning_rate_multiplier",
             )
 
@@ -237,7 +237,7 @@ class Run:
         return loss, right, counted, total
 
     def _end_epoch(self, epoch: int) -> None:
-        self._check(float(self.values.sum()))
+        self._check(float(self.values.detach().sum()))
         measured = dict(self.metrics)
         loss = self.metrics["train_loss"]
         if self.validation:
