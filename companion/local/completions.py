@@ -33,8 +33,10 @@ class Upstream:
 
     def _post(self, engine: Engine, route: str, body: dict):
         if self._session is None:  # here, since a session belongs to the event loop that runs
+            # A connection for each request: llama.cpp closes idle ones, even as the next request is sent.
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
             self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
+                timeout=aiohttp.ClientTimeout(total=None), connector=connector
             )
         return self._session.post(engine.address + route, json=body, headers=engine.headers)
 
