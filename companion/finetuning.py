@@ -56,6 +56,7 @@ def fine_tune(
     learning_rate_multiplier: float | Literal["auto"] = "auto",
     seed: int | None = None,
     early_stopping_patience: int | None = None,
+    reuse: bool = False,
     client: OpenAI | None = None,
 ) -> FineTuningJob:
     """Upload examples and start a job on them: supervised fine-tuning. Returns at once; see `follow`.
@@ -71,6 +72,8 @@ def fine_tune(
         seed: the same job with the same seed gives the same model; drawn by the endpoint if None.
         early_stopping_patience: stop when the validation loss has not fallen for so many epochs. Not sent to
             a hosted service, which has no such thing.
+        reuse: return a job that has succeeded with all of this already, if its model still exists, instead
+            of training once more. What is "auto" or None here may have been anything there.
         client: an `openai.OpenAI`; the backend's if None.
 
     Raises:
@@ -93,6 +96,8 @@ def fine_tune(
         client = client or backend.client()
         request: dict[str, Any] = {"model": model or backend.chat_model()}
         request |= {name: value for name, value in (("suffix", suffix), ("seed", seed)) if value is not None}
+        if reuse and (job := _done_before(client, request, numbers, paths)):
+            return job
         uploaded = []
         try:
             for param, path in paths.items():
@@ -108,6 +113,36 @@ def fine_tune(
                 with suppress(Exception):  # the first error is the one to be told
                     client.files.delete(file)
             raise
+
+
+def _done_before(
+    client: OpenAI, request: dict[str, Any], numbers: dict[str, Any], paths: dict[str, Path]
+) -> FineTuningJob | None:
+    """The newest job that succeeded with the same request, hyperparameters and files, and has its model."""
+    from openai import NotFoundError
+
+    models = {model.id for model in client.models.list()}
+    for job in client.fine_tuning.jobs.list(limit=100):
+        given = job.hyperparameters.model_dump()
+        name = job.fine_tuned_model or ""
+        same = (
+            job.status == "succeeded"
+            and name in models
+            and job.model == request["model"]
+            and request.get("seed", job.seed) == job.seed
+            and f":{request.get('suffix', '')}:" in name
+            and all(given.get(key) == value for key, value in numbers.items() if value != "auto")
+            and (job.validation_file is not None) == ("validation_file" in paths)
+        )
+        try:
+            if same and all(
+                client.files.content(getattr(job, param)).content == path.read_bytes()
+                for param, path in paths.items()
+            ):
+                return job
+        except NotFoundError:  # its files were deleted: nobody can say what it was trained on
+            continue
+    return None
 
 
 def _checked(examples: Examples, target: Path) -> Path:

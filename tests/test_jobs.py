@@ -25,6 +25,7 @@ from openai.types import FileDeleted, FileObject, Model, ModelDeleted
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
+from companion import finetuning
 from companion.backend import CHAT_MODEL, EMBEDDING_MODEL
 from companion.local import jobs, supervisor
 from companion.local.store import Store
@@ -831,3 +832,39 @@ def test_a_disk_that_fills_up_in_training_fails_the_job(make_endpoint, tmp_path)
         endpoint.play()
         reach(client, submit(client), "succeeded")
         endpoint.end()
+
+
+def test_a_job_that_succeeded_is_taken_again_only_where_all_is_the_same(client):
+    examples = [example(number) for number in range(12)]
+    asked = {"suffix": "again", "n_epochs": 2, "seed": 3, "client": client, "reuse": True}
+    first = finetuning.follow(finetuning.fine_tune(examples, examples, **asked), client=client, plot=False)
+    files = len(list(client.files.list()))
+    again = finetuning.fine_tune(examples, examples, **asked)
+    assert (again.id, again.status) == (first.id, "succeeded")
+    assert len(list(client.files.list())) == files, "it uploaded what it did not need"
+
+    others = [
+        finetuning.fine_tune(examples[:11], examples, **asked),
+        finetuning.fine_tune(examples, examples[:11], **asked),
+        finetuning.fine_tune(examples, **asked),
+        *(
+            finetuning.fine_tune(examples, examples, **asked | change)
+            for change in (
+                {"suffix": "other"},
+                {"suffix": None},
+                {"seed": 4},
+                {"n_epochs": 1},
+                {"reuse": False},
+            )
+        ),
+    ]
+    assert first.id not in {job.id for job in others}
+    for job in others:
+        finetuning.follow(job, client=client, plot=False)
+    unnamed = finetuning.fine_tune(examples, examples, **asked | {"suffix": None})
+    assert unnamed.id == others[4].id
+    client.models.delete(first.fine_tuned_model)
+    newest = finetuning.fine_tune(examples, examples, **asked)
+    assert newest.id == others[-1].id, "the other job that is the same still has its model"
+    client.models.delete(newest.fine_tuned_model)
+    assert finetuning.fine_tune(examples, examples, **asked).id not in {newest.id, first.id}

@@ -6,6 +6,8 @@ drawn after the start, so a run that was stopped ends as one that was not, but f
 step that is done again tells its event again, under the same key: a reader takes the first of each.
 """
 
+import contextlib
+import ctypes
 import errno
 import json
 import math
@@ -27,7 +29,7 @@ STOPPED = 3  # the exit status of a run that saved its state and left
 LEARNING_RATE = 1e-3  # times the job's learning_rate_multiplier
 WARM_UP = 0.1  # of all steps
 LARGEST_GRADIENT = 1.0  # norm, over the whole adapter
-PIECE = 2048  # tokens computed at once; memory grows with it
+PIECE = 1024  # tokens computed at once; memory grows with it
 SAVE_EVERY = 30.0  # seconds
 KEPT = 3  # checkpoints, the newest, beside the best
 
@@ -112,6 +114,8 @@ class Run:
         self.validation = self._load(encoder, "validation", "validation_file")
         device, dtype = device_and_dtype()
         self.model = Model(base, seed=self.job["seed"], device=device, dtype=dtype)
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what the float32 weights took, some 400 MB
         self.values = torch.nn.Parameter(self.model.parameters)
         self.values.grad = self.model.gradient
         self.optimizer = torch.optim.AdamW([self.values], betas=(0.9, 0.999), weight_decay=0.0, fused=True)
