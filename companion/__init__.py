@@ -4,6 +4,9 @@
     chat_model()     the name of the model to ask, embedding_model() of the other      companion.backend
     Chat             a conversation that remembers, streams and calls tools            companion.chat
     Index            search a company's own documents                                  companion.retrieval
+    fine_tune()      from examples to a fine-tuning job, follow() to its model         companion.finetuning
+    Sample, Score    a question with its answer, and how good a model's answer is      companion.evaluation
+    evaluate()       samples put to a model and scored, compare() two such runs        companion.evaluation
     companion.shop   Fernway, the company of the course: its data
     companion.widgets  what is shown in Jupyter: the chat box, the token views
     companion.local  behind the wall: the OpenAI API on this machine
@@ -19,8 +22,26 @@ _HOMES = {
     "embedding_model": "backend",
     "Chat": "chat",
     "Index": "retrieval",
+    "fine_tune": "finetuning",
+    "follow": "finetuning",
+    "Sample": "evaluation",
+    "Score": "evaluation",
+    "evaluate": "evaluation",
+    "compare": "evaluation",
 }
-__all__ = ["Chat", "Index", "chat_model", "client", "embedding_model"]
+__all__ = [
+    "Chat",
+    "Index",
+    "Sample",
+    "Score",
+    "chat_model",
+    "client",
+    "compare",
+    "embedding_model",
+    "evaluate",
+    "fine_tune",
+    "follow",
+]
 
 
 def __getattr__(name: str):

@@ -157,6 +157,25 @@ def export(
 
 
 @app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="The log of a run of companion.evaluate: what was before.")],
+    new: Annotated[Path, typer.Argument(help="The log of a run with the same samples.")],
+    scorer: Annotated[str | None, typer.Option(help="The score to compare, if there are several.")] = None,
+    margin: Annotated[float, typer.Option(help="How much worse is not yet worse.")] = 0.0,
+) -> None:
+    """Compare two evaluations: exit status 1 if the new one is worse, 0 if not, 2 if that cannot be done."""
+    from companion import evaluation
+
+    try:
+        comparison = evaluation.compare(evaluation.load(old), evaluation.load(new), scorer, margin=margin)
+    except (ValueError, OSError) as error:
+        print(f"companion: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(comparison)
+    raise SystemExit(1 if comparison.verdict == "worse" else 0)
+
+
+@app.command()
 def pull() -> None:
     """Fetch the models (176 MB to download), and say where they are."""
     from companion.local import weights

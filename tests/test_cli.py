@@ -10,7 +10,7 @@ import pytest
 import scripted
 import test_export
 
-from companion import backend, cli, dataset, diagnosis, finetuning
+from companion import backend, cli, dataset, diagnosis, evaluation, finetuning
 from companion.local.store import Store
 
 
@@ -34,6 +34,7 @@ def test_help_names_every_command():
         "stop",
         "finetune",
         "export",
+        "compare",
     ):
         assert command in shown
 
@@ -215,3 +216,68 @@ def test_export_writes_an_adapter_or_an_order_for_trl(tmp_path):
     done = run("export", "ftjob-1", str(tmp_path / "trl"), "--trl", **home)
     assert (tmp_path / "trl" / "sft.yaml").exists()
     assert f"cd {tmp_path / 'trl'} && accelerate launch" in done.stdout
+
+
+def right(answer, sample):
+    return answer.text == sample.target
+
+
+def polite(answer, sample):
+    return "please" in answer.text
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """Two runs of 100 samples: `good.jsonl` is right on 90 and `bad.jsonl` on 50; one has two scorers."""
+    samples = [evaluation.Sample(str(i), str(i)) for i in range(100)]
+
+    def log(name, share, scorers):
+        path = tmp_path / f"{name}.jsonl"
+        solver = {str(i): str(i) if i < share else "?" for i in range(100)}.get
+        evaluation.evaluate(solver, samples, scorers, log=path, progress=False)
+        return str(path)
+
+    return {
+        "good": log("good", 90, right),
+        "bad": log("bad", 50, right),
+        "both": log("both", 88, [right, polite]),
+        "none": str(tmp_path / "none.jsonl"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        ("good bad", 1, "right: worse"),
+        ("bad good", 0, "right: better"),
+        ("good both", 0, "right: cannot tell"),
+        ("both both --scorer polite", 0, "polite: cannot tell"),
+        ("good bad --margin 0.6", 0, "right: cannot tell"),
+    ],
+)
+def test_compare_is_a_gate_by_its_exit_status(arguments, status, says, logs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["companion", "compare", *(logs.get(a, a) for a in arguments.split())])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert (left.value.code or 0) == status
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{says}\n") and "n = 100" in shown.out and not shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("good none", "none.jsonl"),
+        ("good wrong", "is no log of companion.evaluate"),
+        ("both both", "choose one of right, polite"),
+        ("good bad --scorer polite", "'polite'"),
+        ("good bad --margin -1", "margin"),
+    ],
+)
+def test_compare_tells_bad_input_from_a_worse_run(arguments, says, logs, tmp_path):
+    (tmp_path / "wrong.jsonl").write_text("{}\n")
+    logs["wrong"] = str(tmp_path / "wrong.jsonl")
+    done = run("compare", *(logs.get(a, a) for a in arguments.split()))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("companion: ") and says in line

@@ -1,10 +1,13 @@
+import json
+
 import ipywidgets
 import pytest
 from bs4 import BeautifulSoup
 from scripted import MODEL, Client
 
 from companion.chat import Chat
-from companion.widgets import chat_box, next_token_box, next_token_view, token_view
+from companion.evaluation import Answer, Sample, evaluate
+from companion.widgets import LONGEST, chat_box, label, next_token_box, next_token_view, token_view
 
 
 def page(html):
@@ -184,3 +187,153 @@ def test_views_need_text(text):
 def test_a_view_of_no_next_token_is_refused():
     with pytest.raises(ValueError, match="k must be at least 1"):
         next_token_view("The cat", k=0, model=MODEL, client=Client())
+
+
+# Labelling
+
+
+def answers(n=3):
+    return [{"id": f"s{i}", "input": f"question {i}", "answer": f"answer {i}"} for i in range(n)]
+
+
+def start(path, rows=None):
+    box = label(rows or answers(), ["good", "bad"], path)
+    return box, parts(box)
+
+
+def in_file(path):
+    return [(line["id"], line["label"]) for line in map(json.loads, path.read_text().splitlines())]
+
+
+def typed(part, text):
+    part["Label"].value = text
+    press_enter(part["Label"])
+
+
+def test_answers_are_labelled_one_by_one_and_each_label_saved_at_once(tmp_path):
+    path = tmp_path / "new" / "labels.jsonl"
+    box, part = start(path)
+    assert words_of(box) == "Answer 1 of 3, 0 labelled. user question 0 assistant answer 0"
+    part["1 good"].click()
+    assert words_of(box) == "Answer 2 of 3, 1 labelled. user question 1 assistant answer 1"
+    assert in_file(path) == [("s0", "good")]
+    part["2 bad"].click()
+    assert in_file(path) == [("s0", "good"), ("s1", "bad")]
+    part["1 good"].click()
+    assert words_of(box) == "All 3 answers have a label. They are in labels.jsonl."
+    assert part["1 good"].disabled and not part["Back"].disabled
+    assert box.labels == {"s0": "good", "s1": "bad", "s2": "good"}
+
+
+def test_labels_can_be_typed_by_number(tmp_path):
+    box, part = start(tmp_path / "labels.jsonl")
+    typed(part, " 2 ")
+    assert box.labels == {"s0": "bad"} and part["Label"].value == ""
+    typed(part, "0")
+    assert words_of(box).startswith("Answer 1 of 3, 1 labelled. You said: bad.")
+    for wrong in ("3", "0", "good", "-1", ""):
+        typed(part, wrong)
+        assert words_of(box).endswith(f"ValueError: {wrong!r} is none of the numbers on the buttons")
+    assert box.labels == {"s0": "bad"}
+    for _ in range(3):
+        typed(part, "1")
+    typed(part, "1")
+    assert box.labels == dict.fromkeys(["s0", "s1", "s2"], "good")
+
+
+def test_a_label_can_be_changed_by_going_back_and_the_last_one_holds(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    box, part = start(path)
+    assert part["Back"].disabled
+    part["1 good"].click()
+    part["1 good"].click()
+    part["Back"].click()
+    part["Back"].click()
+    part["2 bad"].click()
+    assert words_of(box).startswith("Answer 3 of 3, 2 labelled.")
+    assert box.labels == start(path)[0].labels == {"s0": "bad", "s1": "good"}
+    assert in_file(path) == [("s0", "good"), ("s1", "good"), ("s0", "bad")]
+
+
+def test_labelling_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    start(path)[1]["1 good"].click()
+    box, part = start(path)
+    assert words_of(box).startswith("Answer 2 of 3, 1 labelled.")
+    part["2 bad"].click()
+    assert start(path, answers(2))[0].labels == {"s0": "good", "s1": "bad"}
+
+
+def test_a_line_that_was_cut_off_costs_that_label_only(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    _, part = start(path)
+    part["1 good"].click()
+    part["1 good"].click()
+    path.write_bytes(path.read_bytes()[:-20])
+    box, part = start(path)
+    assert box.labels == {"s0": "good"}
+    part["2 bad"].click()
+    assert start(path)[0].labels == box.labels == {"s0": "good", "s1": "bad"}
+
+
+def test_a_label_that_cannot_be_saved_is_not_taken(tmp_path):
+    (tmp_path / "file").write_text("")
+    box, part = start(tmp_path / "file" / "labels.jsonl")
+    part["1 good"].click()
+    assert box.labels == {} and words_of(box).startswith("Answer 1 of 3, 0 labelled.")
+    assert "Error: " in words_of(box)
+
+
+@pytest.mark.parametrize("line", ['{"format": "another log"}', '{"id": "s0", "label": "fine"}', "[1]"])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, line):
+    path = tmp_path / "labels.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is none of these labels \(good, bad\)"):
+        start(path)
+    assert path.read_text() == line + "\n"
+
+
+def test_what_models_wrote_is_shown_as_text_and_cut_where_it_is_long(tmp_path):
+    rows = answers(2)
+    rows[0] |= {"answer": "<script>alert(1)</script>", "target": {"a": "<b>"}}
+    rows[1] |= {"answer": "a" * 10_000_000, "input": [{"role": "system", "content": "Be <brief>."}]}
+    box, part = start(tmp_path / "labels.jsonl", rows)
+    assert "<script" not in box.children[1].value
+    assert words_of(box).endswith('assistant <script>alert(1)</script> reference {"a": "<b>"}')
+    part["1 good"].click()
+    assert "system Be <brief>." in words_of(box)
+    assert words_of(box).endswith("a… (10,000,000 characters in all)")
+    assert len(words_of(box)) < LONGEST + 500
+
+
+def test_a_runs_answers_can_be_labelled_and_one_without_a_text_says_why(tmp_path):
+    def solve(input):
+        return Answer(None, error="no <idea>") if input == "b" else input.upper()
+
+    samples = [Sample("a", "A", id="first"), Sample("b", id="second")]
+    run = evaluate(solve, samples, lambda answer, sample: True, epochs=2, progress=False)
+    box, part = start(tmp_path / "labels.jsonl", run)
+    assert words_of(box) == "Answer 1 of 2, 0 labelled. user a assistant A reference A"
+    part["1 good"].click()
+    assert words_of(box).endswith("user b assistant (no answer: no <idea>)")
+    part["2 bad"].click()
+    assert box.labels == {"first": "good", "second": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no answers"),
+        ([{"input": "a", "answer": "b"}], "the id of answer 1, None, is no text"),
+        ([*answers(1), *answers(1)], "the id of answer 2, 's0', is there twice"),
+    ],
+)
+def test_answers_need_an_id_each(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        label(rows, ["good", "bad"], tmp_path / "labels.jsonl")
+
+
+@pytest.mark.parametrize("labels", [[], ["good"], ["good", "good"], ["good", 1], ["good", ""]])
+def test_labels_must_differ(tmp_path, labels):
+    with pytest.raises(ValueError, match="labels must be at least two different texts"):
+        label(answers(), labels, tmp_path / "labels.jsonl")
