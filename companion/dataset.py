@@ -706,7 +706,8 @@ class Description:
                 f"longer than {self.context:,} tokens",
                 f"{len(self.too_long)} (lines {lines})" if lines else "0",
             )
-            yield f"training tokens in {self.n_epochs} epochs", f"{self.training_tokens:,}"
+            epochs = "1 epoch" if self.n_epochs == 1 else f"{self.n_epochs} epochs"
+            yield f"training tokens in {epochs}", f"{self.training_tokens:,}"
         if self.minutes is not None:
             yield "minutes of training, about", f"{self.minutes:.1f}"
         if self.cost is not None:

@@ -274,6 +274,7 @@ def holds(share, print_as):
     assert 0.93 <= share <= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 20, 100])
 def test_the_interval_of_a_mean_holds_the_truth(n):
     holds(
@@ -281,11 +282,13 @@ def test_the_interval_of_a_mean_holds_the_truth(n):
     )
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_mean_of_skewed_times_holds_the_truth():
     intervals = (metrics.mean(rng.gamma(2.0, size=100)) for rng in drawn(1))
     holds(covered(2.0, intervals), "the mean, gamma(2), n = 100")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, 20, 100])
 @pytest.mark.parametrize("shared", [0.1, 0.5])
 def test_the_interval_of_a_clustered_mean_holds_the_truth(count, shared):
@@ -318,12 +321,14 @@ def coverage_of_a_proportion(n, shares):
     return (chances * ((low <= shares) & (shares <= high))).sum(axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [10, 20, 50, 100, 500])
 def test_the_interval_of_a_proportion_holds_the_truth_on_the_average_of_shares(n):
     share = coverage_of_a_proportion(n, np.linspace(0.05, 0.95, 181)).mean()
     holds(share, f"a proportion, mean of the shares 0.05 to 0.95, n = {n} (exact)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [50, 100, 500])
 def test_the_interval_of_a_proportion_holds_the_truth_at_each_share(n):
     found = coverage_of_a_proportion(n, np.linspace(0.2, 0.8, 121))
@@ -331,6 +336,7 @@ def test_the_interval_of_a_proportion_holds_the_truth_at_each_share(n):
     holds(found.max(), f"a proportion, most careful of the shares 0.2 to 0.8, n = {n} (exact)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20, 50, 200])
 def test_the_interval_of_a_clustered_proportion_holds_the_truth(count):
     def sample(rng):
@@ -340,6 +346,7 @@ def test_the_interval_of_a_clustered_proportion_holds_the_truth(count):
     holds(covered(0.8, map(sample, drawn(count))), f"a clustered proportion of 0.8, {count} clusters")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "up", "down"), [(30, 0.3, 0.1), (50, 0.1, 0.1), (50, 0.05, 0.05), (100, 0.1, 0.02)]
 )
@@ -358,6 +365,7 @@ def test_the_interval_of_a_paired_difference_of_right_and_wrong_holds_the_truth(
     holds(held, f"a paired difference, {up} better, {down} worse, n = {n} (exact)")
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_paired_difference_of_numbers_holds_the_truth():
     def sample(rng):
         old = rng.uniform(size=50)
@@ -366,6 +374,7 @@ def test_the_interval_of_a_paired_difference_of_numbers_holds_the_truth():
     holds(covered(0.05, map(sample, drawn(3, 1000))), "a paired difference of numbers, n = 50")
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_clustered_paired_difference_holds_the_truth():
     def sample(rng):
         clusters = np.repeat(np.arange(40), rng.integers(1, 6, 40))
@@ -376,6 +385,7 @@ def test_the_interval_of_a_clustered_paired_difference_holds_the_truth():
     holds(covered(0.1, map(sample, drawn(4, 1000))), "a clustered paired difference, 40 clusters")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "kind"), [(50, "uniform"), (100, "exponential")])
 def test_the_interval_of_a_bootstrap_holds_the_truth(n, kind):
     def sample(rng):
@@ -395,6 +405,7 @@ def test_the_interval_of_a_clustered_bootstrap_holds_the_truth():
     holds(covered(0.0, map(sample, drawn(5, 1000))), "a clustered bootstrap of the mean, 60 clusters")
 
 
+@pytest.mark.slow
 def test_the_interval_of_macro_f1_holds_the_truth():
     chances = np.array([[0.3, 0.05, 0.02], [0.05, 0.25, 0.05], [0.03, 0.05, 0.2]])
     truth = np.mean(2 * np.diag(chances) / (chances.sum(0) + chances.sum(1)))

@@ -392,9 +392,13 @@ def _said(param: str) -> str:
 
 
 def _summary(param: str, problems: list) -> str:
-    first, more = problems[:NAMED_PROBLEMS], len(problems) - NAMED_PROBLEMS
-    named = "; ".join(map(str, first)) + (f"; and {more} more" if more > 0 else "")
-    return f"The job failed due to an invalid {_said(param)}: {len(problems)} problem(s). {named}."
+    from companion.dataset import MOST_PROBLEMS as most
+
+    count, more = len(problems), len(problems) - NAMED_PROBLEMS
+    named = "; ".join(map(str, problems[:NAMED_PROBLEMS])) + (f"; and {more} more" if more > 0 else "")
+    if count > most:  # the last one says that there are more
+        count, named = f"more than {most}", named.replace(f"and {more} more", "and more")
+    return f"The job failed due to an invalid {_said(param)}: {count} problem(s). {named}."
 
 
 def _model_name(job: dict) -> str:
