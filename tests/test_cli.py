@@ -107,6 +107,7 @@ def test_serve_is_an_endpoint_for_any_openai_client(companion_home):
     assert process.returncode is not None
 
 
+@pytest.mark.slow
 def test_stop_ends_an_endpoint_and_says_so_when_none_runs(tmp_path, companion_home):
     (tmp_path / "models").symlink_to(companion_home / "models")
     home = {"COMPANION_HOME": str(tmp_path)}

@@ -868,8 +868,7 @@ def test_a_gate_stops_a_worse_solver_and_lets_others_pass_20_times_of_20():
 
 
 # With the model
-
-
+@pytest.mark.slow
 def test_the_local_model_is_evaluated_twice_alike(client, tmp_path):
     samples = [Sample("Say hello."), Sample("Name a colour."), Sample("Where is my parcel?")]
 

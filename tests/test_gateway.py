@@ -154,6 +154,7 @@ def test_n_answers_come_with_an_index_each(client, streamed):
     assert len(set(texts)) > 1
 
 
+@pytest.mark.slow
 def test_more_streamed_answers_than_fit_side_by_side_all_come(client):
     found = chunks(client, n=12, max_tokens=1024, stop=[" "], temperature=1.0)
     finished = [choice.index for chunk in found for choice in chunk.choices if choice.finish_reason]
@@ -1186,6 +1187,7 @@ FULL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", FULL)
 def test_no_mutated_body_is_an_error_of_the_endpoint(http, route):
     luck = random.Random(route)

@@ -745,6 +745,7 @@ def test_a_trainer_that_is_killed_ten_times_loses_and_doubles_no_event(client, e
     check_nothing_is_lost_or_doubled(client, job_id, 120)
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_killed_ten_times_loses_and_doubles_no_event(make_endpoint):
     endpoint, chance = make_endpoint(), random.Random(2)
     client = endpoint.start()

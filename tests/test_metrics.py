@@ -656,6 +656,7 @@ def test_a_rate_has_its_name():
     assert metrics.rate([1, 0, 0], "escalation").what == "escalation"
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_samples_are_no_trouble():
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 100_000))

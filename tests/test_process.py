@@ -40,6 +40,7 @@ def comes_true(condition, seconds: float = 60) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_ten_processes_share_one_endpoint(own_home):
     script = "from companion import backend, local; backend.client(); print(local.process.running().pid)"
     ten = [

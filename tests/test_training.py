@@ -710,6 +710,7 @@ def test_a_failed_job_ends_with_the_error_and_status_1(start, tmp_path):
     assert error["message"].startswith("The training file has line 5: ")
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_at_any_moment_ten_times_ends_as_one_that_was_not(start, train, tmp_path):
     undisturbed = make_job(tmp_path / "undisturbed", n_epochs=40)
     assert train(undisturbed)

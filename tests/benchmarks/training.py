@@ -431,7 +431,7 @@ def in_peft(checkpoint: Path, questions: list[str]) -> list[str]:
 
     file = weights.path(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
-    base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, checkpoint).eval()
     texts = []
     for start in range(0, len(questions), 12):
