@@ -19,6 +19,8 @@ import html
 import json
 import linecache
 import math
+import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -252,6 +254,16 @@ def show(value: Any) -> str:
 def _short(text: str) -> str:
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text):,} characters in all)"
+
+
+def drawn(name: str) -> random.Random:
+    """Where hidden inputs come from: `draw = drawn("check-shout")`, then `draw.randint(1, 9)` and so on.
+
+    name: the check cell's grade_id, so that no cell's inputs depend on which cells ran before. Seeded with it
+    and with the environment's COMPANION_GRADING_SEED, which a grader sets anew for each grading; without
+    that, the inputs are always the same.
+    """
+    return random.Random(f"{os.environ.get('COMPANION_GRADING_SEED', '')}:{name}")
 
 
 # The model

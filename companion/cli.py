@@ -212,6 +212,47 @@ def release(
 
 
 @app.command()
+def grade(
+    submissions: Annotated[
+        Path, typer.Argument(help="Folder: <learner>/<exercise>/, or what Canvas and Moodle download.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the gradebook, feedback and reports.")],
+    exercises: Annotated[
+        Path | None, typer.Option(help="Folder of the solutions; the course's own if not given.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Notebooks that run at the same time; one a core if not given.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the hidden inputs; kept in --out, and drawn if not given.")
+    ] = None,
+    no_sandbox: Annotated[
+        bool, typer.Option("--no-sandbox", help="Run strangers' code as it is: only where you trust it all.")
+    ] = False,
+) -> None:
+    """Grade submissions: gradebook.csv, feedback pages, an overview, and tables for Canvas and Moodle."""
+    _needs("nbval", "test")
+    _needs("ipykernel", "book")
+    from companion.grading import grade as grading
+
+    exercises = exercises or _in_checkout("exercises/solutions")
+    book = grading.grade(
+        submissions, out, exercises, workers=workers or _cores(), seed=seed, sandboxed=not no_sandbox
+    )
+    if no_sandbox:
+        print("graded without a sandbox: submissions could do anything on this machine", file=sys.stderr)
+    if book.weak:
+        print(f"without hidden tests, and so weaker: {', '.join(book.weak)}", file=sys.stderr)
+    found = [work.status for work in book.works]
+    counts = ", ".join(f"{found.count(status)} {status}" for status in sorted(set(found)))
+    sizes = f"{_count(book.learners, 'learner')}, {_count(book.measures, 'exercise')}"
+    print(f"{sizes}, seed {book.seed}: {counts}")
+    print(f"wrote {out}/gradebook.csv, overview.html, checks.json, canvas.csv, moodle.csv and feedback/")
+    if failed := found.count("not graded"):
+        raise SystemExit(f"companion: no kernel could be started for {failed} notebooks: grade again")
+
+
+@app.command()
 def doctor() -> None:
     """Say what is missing here, and how to mend it."""
     from companion import diagnosis
@@ -230,6 +271,16 @@ def _in_checkout(name: str) -> Path:
             "`pip install -e '.[all]'`"
         )
     return path
+
+
+def _count(things, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _needs(module: str, extra: str) -> None:

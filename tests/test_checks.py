@@ -8,7 +8,7 @@ import numpy as np
 import openai
 import pytest
 
-from companion.checks import LONGEST_TEXT, MIME, Check, clean, difference, scripted
+from companion.checks import LONGEST_TEXT, MIME, Check, clean, difference, drawn, scripted
 
 
 def emitted(check):
@@ -270,6 +270,29 @@ def test_long_texts_that_differ_behind_the_cut_differ():
 
 def test_an_address_in_memory_does_not_count():
     assert checked(object(), object()).passed
+
+
+# Hidden inputs
+
+
+def inputs(name):
+    return [drawn(name).random(), drawn(name).randint(1, 10**9)]
+
+
+def test_hidden_inputs_are_the_same_for_the_same_cell_and_seed_and_differ_otherwise(monkeypatch):
+    monkeypatch.delenv("COMPANION_GRADING_SEED", raising=False)
+    assert inputs("a") == inputs("a") != inputs("b")
+    unseeded = inputs("a")
+    monkeypatch.setenv("COMPANION_GRADING_SEED", "1")
+    seeded = inputs("a")
+    assert seeded == inputs("a") != unseeded
+    monkeypatch.setenv("COMPANION_GRADING_SEED", "2")
+    assert inputs("a") not in (seeded, unseeded)
+
+
+def test_hidden_inputs_are_the_same_on_every_machine(monkeypatch):
+    monkeypatch.setenv("COMPANION_GRADING_SEED", "7")
+    assert drawn("check-shout").randint(1, 10**6) == 810813
 
 
 # The scripted model
