@@ -120,3 +120,8 @@ def test_what_a_stranger_emits_is_compared_and_never_trusted(emitted):
     assert backcheck.agrees(reference, reference)
     assert not backcheck.agrees(emitted, reference)
     assert not backcheck.agrees(reference | {"error": "ValueError: no"}, reference)
+
+
+def test_a_whole_number_that_no_float_holds_is_a_wrong_value():
+    reference = {"values": [{"what": "f", "value": 0.5, "tolerance": 0}]}
+    assert not backcheck.agrees({"values": [{"what": "f", "value": 10**400, "tolerance": 0}]}, reference)
