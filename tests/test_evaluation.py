@@ -547,7 +547,15 @@ def test_two_processes_do_not_write_one_log(tmp_path):
     assert next(iter(run(solver, FIVE[:1], log=log))).answer.text == "refused"
 
 
-def test_ctrl_c_leaves_the_log_whole_and_says_how_to_go_on(tmp_path, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard also where pytest was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_the_log_whole_and_says_how_to_go_on(tmp_path, capsys, interruptible):
     log, stopped = tmp_path / "log.jsonl", threading.Event()
 
     def solver(text):
