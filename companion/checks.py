@@ -235,7 +235,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict) and (marked := re.fullmatch(r"<(\w+)>", next(iter(value), ""))):
         return f"a value of type {marked[1]}"
     kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "a dict"}
-    return kinds.get(type(value), type(value).__name__)
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def show(value: Any) -> str:

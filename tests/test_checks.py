@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import openai
 import pytest
@@ -355,3 +356,12 @@ def test_a_check_loads_neither_widgets_nor_numpy_nor_the_sdk():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_dict_that_was_read_from_a_notebook_is_a_dict():
+    stored = nbformat.from_dict({"base": 34, "of": [{"right": True}]})
+    assert difference({"base": 34, "of": [{"right": True}]}, stored) == ""
+    assert (
+        difference({"base": 34, "of": [{"right": False}]}, stored)
+        == "False instead of True at ['of'][0]['right']"
+    )

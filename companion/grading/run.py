@@ -109,7 +109,8 @@ def run(
         told = json.dumps([_FORMAT, text, seed, sandbox, timeout])
         names[key] = hashlib.sha256(told.encode()).hexdigest()[:40]
         texts[names[key]] = text
-    results = Path(folder) / "results"
+    folder = Path(folder).resolve()  # pytest works in another one
+    results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     for left in results.glob("companion-*"):  # by a session that was killed
         shutil.rmtree(left)
@@ -118,7 +119,7 @@ def run(
         if not todo:
             break
         if executor is None:
-            _session(todo, results, Path(folder) / "junit.xml", **options)
+            _session(todo, results, folder / "junit.xml", **options)
             continue
         chunks = [dict(list(todo.items())[start : start + CHUNK]) for start in range(0, len(todo), CHUNK)]
         for done in as_completed([executor.submit(_remote, chunk, **options) for chunk in chunks]):

@@ -65,6 +65,14 @@ STEADY = {
     "MKL_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
 }
+# Where no model is given, `companion.client()` is a client that nobody answers: checks script what it says.
+NO_MODEL = {
+    "COMPANION_BACKEND": "openai",
+    "OPENAI_BASE_URL": "http://127.0.0.1:9/v1",
+    "OPENAI_API_KEY": "none",
+    "OPENAI_MODEL": "none",
+    "OPENAI_EMBEDDING_MODEL": "none",
+}
 
 
 def kernelspec(
@@ -82,9 +90,8 @@ def kernelspec(
     weights: a folder of model files for the kernel's own endpoint, as COMPANION_MODEL_PATH.
     env: further environment variables.
     """
-    env = (
-        STEADY | ({"COMPANION_MODEL_PATH": str(Path(weights).resolve())} if weights else {}) | dict(env or {})
-    )
+    model = {"COMPANION_MODEL_PATH": str(Path(weights).resolve())} if weights else NO_MODEL
+    env = STEADY | model | dict(env or {})
     spec: dict[str, Any] = {
         "argv": [*_COMMAND, "-f", "{connection_file}"],
         "display_name": NAME,

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import filelock
 import nbformat
@@ -23,6 +24,7 @@ from companion.grading.collect import collect, safe_name
 from companion.grading.grade import grade
 
 pytestmark = pytest.mark.slow
+SOLUTIONS = Path(__file__).parents[2] / "exercises" / "solutions"
 
 
 FLAGS = {"grade": False, "solution": False, "locked": True, "task": False, "schema_version": 3}
@@ -372,3 +374,22 @@ def test_a_notebook_for_which_no_kernel_started_is_not_graded(course):
     outcomes = {one.id: run.Outcome(None, "not run") for one in source.cells}
     work = grading._work(("ada", "01_tiny"), filed, found, None, outcomes)
     assert (work.status, work.points) == ("not graded", 0)
+
+
+def test_who_hands_in_the_courses_own_solutions_gets_every_point(walled, tmp_path):
+    folder = tmp_path / "submissions" / "ada"
+    folder.mkdir(parents=True)
+    sources = sorted(SOLUTIONS.glob("*.ipynb"))
+    points = 0
+    for source in sources:
+        notebook = release.read(source)
+        asked = release.questions(notebook)
+        points += sum(cell.metadata.nbgrader.points for question in asked for cell in question.checks)
+        handed_in = release.strip(notebook)
+        answers = {question.grade_id: question.answer.source for question in asked}
+        for cell in handed_in.cells:
+            cell.source = answers.get(cell.metadata.get("nbgrader", {}).get("grade_id"), cell.source)
+        nbformat.write(handed_in, folder / source.name)
+    book = grade(folder.parent, tmp_path / "grades", SOLUTIONS, workers=2, seed=11)
+    assert [(work.exercise, work.points) for work in book.works] == [(path.stem, 10) for path in sources]
+    assert points == 10 * len(sources)
