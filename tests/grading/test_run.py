@@ -143,8 +143,9 @@ def a(n):
 """
 SECRETS = """import glob, os
 found = [path for depth in range(5) for path in glob.glob("/*" * depth + "/*.ipynb")]
+found += [name for name in os.environ if "KEY" in name and os.environ[name] != "none"]
 def a(n):
-    return n + 97 + len(found + [name for name in os.environ if "KEY" in name])
+    return n + 97 + len(found)
 """
 
 # An answer to question a, the points of a and of b, and how the cells ended that did not end well.
