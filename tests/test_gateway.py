@@ -1050,15 +1050,17 @@ def test_a_client_that_leaves_a_stream_frees_its_slot(client):
     assert chat(client, max_tokens=1).choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_leaves_before_its_answer_frees_its_slot(client, streamed):
+    assert chat(client, max_tokens=1).choices  # the engine is there: its start is not what is tested
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=1).chat.completions.create(
             **LONG, n=2, stream=False
         ) if not streamed else [
             *client.with_options(timeout=0.02).chat.completions.create(**LONG, n=2, stream=True)
         ]
-    assert comes_true(lambda: busy() == 0)
+    assert comes_true(lambda: busy() == 0, seconds=300)
     assert chat(client, max_tokens=1).choices
 
 
