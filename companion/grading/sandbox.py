@@ -339,14 +339,17 @@ def _wall(env: Mapping[str, str], readable: Sequence[str], given: Mapping[str, i
     places += [
         Path("/etc", name) for name in ("alternatives", "fonts", "ld.so.cache", "localtime", "mime.types")
     ]
+    root = os.geteuid() == 0
     links, binds, parents = [], [], {}
     for place in places:
         if place.is_symlink() and place.parent == Path("/"):
             links += ["--symlink", os.readlink(place), str(place)]
         elif place.exists():
-            binds += ["--ro-bind", str(place.resolve()), str(place)]
-            parents |= dict.fromkeys(reversed(place.parents[:-1]))
-    root = os.geteuid() == 0
+            # What only root may enter, as a folder that mktemp made, would be closed to the kernel's user.
+            closed = root and place.is_dir() and place.stat().st_mode & 0o005 != 0o005
+            for shown in place.iterdir() if closed else [place]:
+                binds += ["--ro-bind", str(shown.resolve()), str(shown)]
+                parents |= dict.fromkeys(reversed(shown.parents[:-1]))
     # A user namespace would leave root its rights over what root owns, so root becomes another user instead,
     # one that no process has: processes are counted by user.
     user = str(0x70000000 + os.getpid())

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import struct
@@ -66,6 +67,17 @@ def descendants_of(pid):
 
 
 def test_the_self_test_finds_nothing(walled):
+    assert sandbox.self_test() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only for root is a private folder closed behind the wall")
+def test_an_environment_in_a_folder_that_only_root_may_enter_can_be_used(walled, tmp_path, monkeypatch):
+    private = tmp_path / "environment"
+    shutil.copytree(sys.prefix, private, symlinks=True, ignore=lambda folder, names: {"lib"} & set(names))
+    (private / "lib").symlink_to(Path(sys.prefix, "lib"))
+    private.chmod(0o700)
+    monkeypatch.setattr(sandbox.sys, "prefix", str(private))
+    monkeypatch.setattr(sandbox.sys, "executable", f"{private}/bin/python")
     assert sandbox.self_test() == []
 
 
