@@ -90,8 +90,15 @@ def chat(system: Annotated[str | None, typer.Option(help="Instructions for the m
 
 @app.command()
 def finetune(
-    training: Annotated[Path, typer.Argument(help="Examples: a JSONL file of OpenAI's chat format.")],
+    training: Annotated[
+        Path, typer.Argument(help="Examples: a JSONL file of OpenAI's chat format, or a CSV file.")
+    ],
     validation: Annotated[Path | None, typer.Option(help="Examples to watch the training with.")] = None,
+    text: Annotated[str, typer.Option(help="In a CSV file, the column of what is asked.")] = "text",
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="... and that of the answer ('label'). Several: an answer in JSON."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The model to start from.")] = None,
     suffix: Annotated[str | None, typer.Option(help="A name of your own in the tuned model's name.")] = None,
     epochs: Annotated[int | None, typer.Option(help="How often each example is seen.")] = None,
@@ -108,10 +115,16 @@ def finetune(
     def chosen(value):
         return "auto" if value is None else value
 
+    def read(path):
+        if path is None or path.suffix.lower() not in (".csv", ".tsv"):
+            return path
+        answer = label or ["label"]
+        return dataset.from_csv(path, text, answer[0] if len(answer) == 1 else answer)
+
     try:
         job = finetuning.fine_tune(
-            training,
-            validation,
+            read(training),
+            read(validation),
             model=model,
             suffix=suffix,
             n_epochs=chosen(epochs),

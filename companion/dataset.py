@@ -8,6 +8,7 @@ Text only. This module trains nothing, and sends nothing but what `describe` let
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import os
@@ -835,6 +836,44 @@ def from_table(
                 )
         examples.append(_example([("user", str(said)), ("assistant", answer)], system))
     return examples
+
+
+def from_csv(
+    path: str | os.PathLike, text: str, label: str | Sequence[str], *, system: str | None = None
+) -> list[Example]:
+    """An example for each row of a CSV file, as `from_table` makes them of a table's.
+
+    path: a file in UTF-8 with a header, its columns parted by commas, semicolons or tabs. All values are
+    taken as texts, a label like "None" or "007" too. text, label and system are those of `from_table`, which
+    says what is raised; ValueError, too, for a file that is no such table, OSError for one that is not there.
+    """
+    import pandas as pd
+
+    wanted = {text, label} if isinstance(label, str) else {text, *label}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            separator = max(
+                ",;\t", key=lambda one: len(wanted & set(next(csv.reader([first], delimiter=one), [])))
+            )
+            file.seek(0)
+            rows = csv.reader(file, delimiter=separator)
+            header = next(rows, [])
+            table = []
+            for row in filter(None, rows):
+                if len(row) != len(header):
+                    raise ValueError(
+                        f"{path}, line {rows.line_num}: {len(row)} values in {len(header)} columns; "
+                        f"a text that holds {separator!r} must stand in quotation marks"
+                    )
+                table.append([value or None for value in row])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+    if not table:
+        raise ValueError(f"{path} is empty: a header and a row for each example are needed")
+    return from_table(pd.DataFrame(table, columns=header), text, label, system=system)
 
 
 def from_tickets(frame: pd.DataFrame, *, system: str | None = None) -> list[Example]:

@@ -143,9 +143,9 @@ def finetune(monkeypatch, tmp_path):
     dataset.save(test_export.TWELVE, tmp_path / "train.jsonl")
     monkeypatch.setattr(finetuning.time, "sleep", lambda seconds: None)
 
-    def call(service, *arguments):
+    def call(service, *arguments, file="train.jsonl"):
         monkeypatch.setattr(backend, "client", lambda: service.client)
-        path = str(tmp_path / "train.jsonl")
+        path = str(tmp_path / file)
         monkeypatch.setattr(sys, "argv", ["companion", "finetune", path, *arguments])
         cli.main()
 
@@ -170,6 +170,18 @@ def test_finetune_follows_the_job_and_prints_the_models_name(finetune, capsys):
         "batch_size": 4,
         "learning_rate_multiplier": 0.5,
     }
+
+
+def test_finetune_takes_a_csv_file_by_the_names_of_its_columns(finetune, capsys, tmp_path):
+    rows = "".join(f"What about {number}?,{number % 3}\n" for number in range(12))
+    (tmp_path / "train.csv").write_text("message,intent\n" + rows)
+    service = scripted.Service({"status": "succeeded", "fine_tuned_model": "ft:mine"})
+    with pytest.raises(SystemExit) as left:
+        finetune(service, "--text", "message", "--label", "intent", file="train.csv")
+    assert not left.value.code and capsys.readouterr().out == "ft:mine\n"
+    with pytest.raises(SystemExit) as left:
+        finetune(service, file="train.csv")
+    assert "no column 'text': the table has message, intent" in left.value.code
 
 
 def test_finetune_can_leave_the_job_to_itself(finetune, capsys):

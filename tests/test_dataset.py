@@ -1,5 +1,6 @@
 """Training examples: what is refused and with which words, what is doubtful, and how they are parted."""
 
+import csv
 import json
 import math
 import tracemalloc
@@ -466,6 +467,36 @@ def test_several_columns_become_json_in_their_order():
 def test_a_table_with_holes_is_refused_by_row_and_column(frame, label, says):
     with pytest.raises(ValueError, match=says):
         dataset.from_table(pd.DataFrame(frame), "q", label)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_file_becomes_examples_whatever_parts_its_columns(separator, tmp_path):
+    rows = [["id", "text", "category"], ["1", "Where is it,\nplease; \t?", "007"], ["2", "Grüße", "None"]]
+    with open(tmp_path / "t.csv", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    made = dataset.from_csv(tmp_path / "t.csv", "text", "category")
+    said = [[message["content"] for message in one["messages"]] for one in made]
+    assert said == [["Where is it,\nplease; \t?", "007"], ["Grüße", "None"]]
+    several = dataset.from_csv(tmp_path / "t.csv", "text", ["id", "category"])
+    assert several[0]["messages"][-1]["content"] == '{"id":"1","category":"007"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"text,label\n", "is empty"),
+        ("text,label\nGr\u00fc\u00dfe,a\n".encode("latin-1"), "not UTF-8"),
+        (b"text;category\na;b\n", "no column 'label': the table has text, category"),
+        (b"text,label\na,b\nc,\n", "row 1 .* 'label'"),
+        (b"text,label\na,b\nHello, you,c\n", "line 3: 3 values in 2 columns"),
+        (b'text,label\na,b\n"' + b"a" * 200_000 + b'",c\n', "line 3: field larger"),
+    ],
+)
+def test_a_csv_file_that_is_no_table_of_text_and_label_is_refused(content, says, tmp_path):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        dataset.from_csv(tmp_path / "t.csv", "text", "label")
 
 
 def test_tickets_become_triage():
