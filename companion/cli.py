@@ -225,6 +225,44 @@ def release(
 
 
 @app.command()
+def progress(
+    place: Annotated[
+        Path | None, typer.Argument(help="A notebook or a folder; the course's exercises if not given.")
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run the notebooks afresh; without, their saved checks are read.")
+    ] = False,
+) -> None:
+    """Show which exercises pass: exit status 0 if all do, 1 if not, 2 if that cannot be said."""
+    try:
+        _needs("nbformat", "book")
+        from companion.grading import progress as learners
+
+        found = learners.read(place or _in_checkout("exercises"), run)
+    except (ValueError, OSError) as error:
+        print(f"companion: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("exercise", "question", "points", "", "what to do", box=None, pad_edge=False)
+    marks = {"passed": ("✓ passed", "green"), "not yet": ("✗ not yet", "red"), "not run": ("– not run", "")}
+    for exercise in found:
+        name = exercise.name
+        for check in exercise.checks:
+            # Text, since what a check says may hold what rich takes for markup.
+            note, points = Text(check.note), f"{check.points:g}"
+            table.add_row(Text(name), Text(check.question), points, Text(*marks[check.state]), note)
+            name = ""
+    console = Console()
+    console.print(table)
+    passed, points = (sum(getattr(one, part) for one in found) for part in ("passed", "points"))
+    console.print(f"{passed:g} of {points:g} points pass", highlight=False)
+    raise SystemExit(0 if passed == points else 1)
+
+
+@app.command()
 def grade(
     submissions: Annotated[
         Path, typer.Argument(help="Folder: <learner>/<exercise>/, or what Canvas and Moodle download.")

@@ -68,6 +68,15 @@ def test_the_stored_outputs_of_checks_say_that_all_passed(source):
         assert {MIME, "text/html", "text/plain"} == set(cell.outputs[0].data)
 
 
+@every_exercise
+def test_every_check_also_calls_with_inputs_that_nobody_sees(source):
+    for cell in filter(release.is_check, release.read(source).cells):
+        hidden = set(cell.source.splitlines()) - set(release.unmark(cell.source).splitlines())
+        name = cell.metadata.nbgrader.grade_id
+        assert any("check.record(" in line for line in hidden), name
+        assert any(f'drawn("{name}")' in line for line in hidden), name
+
+
 @pytest.mark.slow
 @every_exercise
 def test_solutions_earn_every_point_wrong_and_missing_answers_none(source):
