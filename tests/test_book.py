@@ -144,7 +144,7 @@ def test_build_replaces_an_earlier_build_and_leaves_nothing_else_behind(copy, tm
         ("So they say {cite:p}`nobody1900`.", "nobody1900"),
         ("![A picture](https://example.org/picture.png)", "example.org/picture.png from another site"),
         ("![A picture](picture.png)", "picture.png"),
-        ("$$ e^x $$", "mathjax@3.2.2"),
+        ("$$ e^{x $$", "e^{x cannot be set"),
     ],
     ids=["page", "anchor", "citation", "remote image", "missing image", "mathematics"],
 )
@@ -163,6 +163,64 @@ def test_build_fails_on_what_would_be_broken_and_keeps_the_earlier_build(
         module.build(earlier)
     assert "\n" not in str(error.value)
     assert (earlier / "index.html").read_text() == "the earlier build"
+
+
+@pytest.mark.slow
+def test_formulas_are_set_at_build_and_carried_as_text_for_screen_readers(copy, tmp_path):
+    page = copy / "chapters" / "about.md"
+    page.write_text(
+        page.read_text("utf-8") + "\nThe odds $e^{x}$ and\n\n$$ \\frac{a}{b} $$ (eq-odds)\n", "utf-8"
+    )
+    html = build_module(copy).build(tmp_path / "html")
+    about, other = read(html / "about.html"), read(html / "installation.html")
+    inline, display = about.select(".katex")
+    assert inline.select_one("annotation").get_text() == "e^{x}"
+    assert display.select_one("math mfrac") and about.select_one(".eqno").get_text().startswith("(1)")
+    assert about.select_one('link[href*="katex"]') and not other.select_one('link[href*="katex"]')
+    assert not [script for script in about.select("script") if "mathjax" in str(script).lower()]
+    style = html / "_static" / "math" / "katex.min.css"
+    fonts = {f for f in style_addresses(style.read_text("utf-8")) if f.endswith("woff2")}
+    assert fonts and all((style.parent / font).is_file() for font in fonts)
+
+
+@pytest.fixture
+def vendored(tmp_path, monkeypatch):
+    """book/_ext/vendor.py with a home of its own, which holds nothing yet."""
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path / "home"))
+    spec = spec_from_file_location("book_vendor", ROOT / "book" / "_ext" / "vendor.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_altered_on_the_disk_is_fetched_again_and_never_used(vendored, tmp_path, monkeypatch):
+    entry = vendored.LOCK["katex"]
+    file = tmp_path / "home" / "vendor" / f"katex-{entry['version']}.tgz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"something else")
+    monkeypatch.setattr(
+        vendored, "node", lambda program: [sys.executable, "-c", "raise SystemExit('no network')"]
+    )
+    with pytest.raises(
+        vendored.VendorError, match=r"katex@.* could not be fetched .no network.*copy"
+    ) as error:
+        vendored.archive("katex")
+    assert "\n" not in str(error.value)
+
+
+def test_an_archive_that_is_not_the_one_in_the_lockfile_is_refused(vendored, monkeypatch):
+    other = "open('katex.tgz', 'wb').write(b'another archive')"
+    monkeypatch.setattr(vendored, "node", lambda program: [sys.executable, "-c", other])
+    with pytest.raises(vendored.VendorError, match="altered"):
+        vendored.archive("katex")
+
+
+def test_every_package_in_the_lockfile_has_a_version_a_licence_and_a_checksum(vendored):
+    assert vendored.LOCK
+    for name, entry in vendored.LOCK.items():
+        assert re.fullmatch(r"\d+\.\d+\.\d+", entry["version"]), name
+        assert entry["license"] in {"MIT", "OFL-1.1", "BSD-3-Clause", "MPL-2.0"}, name
+        assert re.fullmatch(r"sha512-[A-Za-z0-9+/]{86}==", entry["integrity"]), name
 
 
 @pytest.mark.slow

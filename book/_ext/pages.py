@@ -4,11 +4,17 @@ The theme's pages ask a CDN for a script, declare one script constant twice and 
 name for screen readers. After the build this extension rewrites each page: nothing is fetched from elsewhere,
 scripts do not hold up the page, there is one first-level heading and a description.
 
+Formulas are set once, here, by KaTeX: the page carries them as text for every reader, needs no script for
+them and loads fonts only where there are formulas. What else a page needs of others (fonts, the widgets'
+script) is copied beside it by `vendor`.
+
 Then it looks at what each page loads. An address on another site, or a file that is not there, is a warning,
-and `jupyter-book build -W` turns warnings into errors. Mathematics and widgets need files that the book does
-not have yet: the warning for a page with either names the npm package to copy them from.
+and `jupyter-book build -W` turns warnings into errors.
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,14 +22,21 @@ from bs4 import BeautifulSoup
 from docutils import nodes
 from sphinx.util import logging
 
+sys.path.insert(0, str(Path(__file__).parent))
+import vendor
+
 logger = logging.getLogger(__name__)
 
-UNUSED_SCRIPTS = ("sphinx-thebe.js", "fontawesome.js")
+UNUSED_SCRIPTS = ("sphinx-thebe.js", "fontawesome.js", "mathjax")
 UNUSED_FILES = ("sphinx-thebe.*", "scripts/fontawesome.js*", "**/*.map")
-PACKAGES = {
-    "_static/mathjax/": "copy es5/ of npm mathjax@3.2.2 there",
-    "_static/widgets/": "copy dist/embed.js of npm @jupyter-widgets/html-manager@1.0.15 there",
-}
+SET_FORMULAS = """
+const katex = require(process.argv[1]);
+const formulas = JSON.parse(require("fs").readFileSync(0, "utf8"));
+console.log(JSON.stringify(formulas.map(([tex, displayMode]) => {
+  try { return {html: katex.renderToString(tex, {displayMode, strict: false})}; }
+  catch (error) { return {problem: error.message}; }
+})));
+"""
 DESCRIPTIONS = {"search": "Search the whole book."}
 DESCRIPTION_LENGTH = 155
 NAMES = {
@@ -57,16 +70,67 @@ def finish(app, exception):
     for pattern in UNUSED_FILES:
         for file in (out / "_static").glob(pattern):
             file.unlink()
-    for page in sorted(out.rglob("*.html")):
-        if "_static" in page.relative_to(out).parts:
-            continue
-        soup = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+    files = [page for page in sorted(out.rglob("*.html")) if "_static" not in page.relative_to(out).parts]
+    pages = {page: BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser") for page in files}
+    try:
+        set_mathematics(pages, out)
+        if any(soup.select_one('script[src*="widgets/embed.js"]') for soup in pages.values()):
+            vendor.copy("@jupyter-widgets/html-manager", out / "_static")
+    except vendor.VendorError as error:
+        logger.warning("%s", error, type="pages")
+    for page, soup in pages.items():
         mend_head(soup)
         mend_scripts(soup)
         mend_body(soup)
         page.write_text(str(soup), encoding="utf-8")
         for problem in load_problems(soup, page, out):
             logger.warning("%s %s", page.name, problem, type="pages")
+
+
+def set_mathematics(pages, out):
+    """Set the formulas of all pages by one run of KaTeX, and link its style where there are any."""
+    formulas = [
+        (page, element) for page, soup in pages.items() for element in soup.select(".math.notranslate")
+    ]
+    if not formulas:
+        return
+    vendor.copy("katex", out / "_static")
+    script = out / "_static" / "math" / "katex.min.js"
+    script.write_bytes(vendor.read("katex", "dist/katex.min.js"))
+    asked = [(tex_of(element), element.name == "div") for _, element in formulas]
+    run = subprocess.run(
+        [*vendor.node(), "-e", SET_FORMULAS, str(script)],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    script.unlink()
+    if run.returncode:
+        raise vendor.VendorError(f"KaTeX failed: {(run.stderr.strip().splitlines() or ['no answer'])[-1]}")
+    for (page, element), (tex, display), answer in zip(formulas, asked, json.loads(run.stdout), strict=True):
+        if "problem" in answer:
+            logger.warning(
+                "%s: the formula %s cannot be set: %s", page.name, tex, answer["problem"], type="pages"
+            )
+            continue
+        for part in [part for part in element.contents if isinstance(part, str)]:
+            part.extract()
+        element.append(BeautifulSoup(answer["html"], "html.parser"))
+        if display:
+            element["tabindex"] = "0"  # a wide formula scrolls
+    for page in {page for page, _ in formulas}:
+        link = pages[page].new_tag("link", rel="stylesheet", href="_static/math/katex.min.css")
+        pages[page].head.append(link)
+
+
+def tex_of(element):
+    """The TeX of a formula, without the marks that Sphinx puts around it for a script."""
+    tex = "".join(part for part in element.contents if isinstance(part, str)).strip()
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
+        if tex.startswith(opening) and tex.endswith(closing):
+            return tex[2:-2].strip()
+    return tex
 
 
 def mend_head(soup):
@@ -83,7 +147,7 @@ def mend_scripts(soup):
     seen = set()
     for script in soup.find_all("script"):
         source, code = script.get("src", ""), script.string or ""
-        unused = any(name in source for name in UNUSED_SCRIPTS)
+        unused = any(name in source for name in UNUSED_SCRIPTS) or "MathJax" in code[:20]
         thebe = "thebe" in script.get("type", "") or "THEBE_JS_URL" in code or code.startswith("kernelName")
         if unused or thebe or (source or code) in seen:
             script.decompose()
@@ -133,8 +197,7 @@ def load_problems(soup, page, out):
         file = (page.parent / unquote(parts.path)).resolve()
         if file.exists():
             continue
-        needs = next((package for folder, package in PACKAGES.items() if folder in address), "add it")
-        problems.append(f"loads {file.relative_to(out)}, which is not in book/: {needs}")
+        problems.append(f"loads {file.relative_to(out)}, which is not in book/: add it")
     return problems
 
 
