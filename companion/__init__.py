@@ -7,7 +7,7 @@
     fine_tune()      from examples to a fine-tuning job, follow() to its model         companion.finetuning
     Sample, Score    a question with its answer, and how good a model's answer is      companion.evaluation
     evaluate()       samples put to a model and scored, compare() two such runs        companion.evaluation
-    companion.shop   Fernway, the company of the course: its data
+    companion.shop   Fernway, the company of the course: its data, and in .systems its order systems
     companion.widgets  what is shown in Jupyter: the chat box, the token views
     companion.local  behind the wall: the OpenAI API on this machine
 

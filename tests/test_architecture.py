@@ -24,6 +24,7 @@ ALLOWED = {
     "companion.checks": {"companion.backend"},
     "companion.finetuning": {"companion.backend", "companion.dataset"},
     "companion.plots": {"companion.metrics"},
+    "companion.shop.systems": {"companion.shop"},
     "companion.comparison": {"companion.metrics"},
     "companion.evaluation": {
         "companion.backend",

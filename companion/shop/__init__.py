@@ -13,7 +13,8 @@ Fernway's world it is `TODAY`. Prices are in pounds with VAT, dates without a ti
     dialogues() sales_calls() leads()                 conversations and enquiries
 
 Each call reads its files anew, so a change to what it returns changes nothing else. This module holds data
-and no behaviour: it looks nothing up, answers nobody and knows of no model.
+and no behaviour: it looks nothing up, answers nobody and knows of no model. What may be done with an order
+is in `companion.shop.systems`.
 
 The texts are under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/), the code under the package's
 licence.
