@@ -6,8 +6,11 @@ import json
 import math
 import random
 import struct
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -19,7 +22,7 @@ from openai.types.responses import InputTokenCountResponse, Response, ResponseSt
 from pydantic import TypeAdapter
 
 from companion.backend import CHAT_MODEL, EMBEDDING_MODEL
-from companion.local import process
+from companion.local import completions, process
 
 HI = [{"role": "user", "content": "Say hello."}]
 SCHEMA = {
@@ -128,6 +131,54 @@ def test_a_streamed_chat_says_what_the_whole_one_says(client):
     assert found[-1].choices[0].finish_reason in ("stop", "length")
     assert len({chunk.id for chunk in found}) == 1
     assert all(chunk.usage is None for chunk in found)
+
+
+def test_the_first_piece_of_a_stream_names_its_role_even_where_it_is_several_tokens(client):
+    found = chunks(client, [{"role": "user", "content": 'Say "hi" and 🙂'}], logit_bias={"249": 100})
+    roles = [choice.delta.role for chunk in found for choice in chunk.choices]
+    assert roles[0] == "assistant"
+    assert not any(roles[1:])
+
+
+def test_pieces_of_text_that_come_quickly_come_together(monkeypatch):
+    def event(delta: dict, **more) -> bytes:
+        choice = {"finish_reason": None, "index": 0, "delta": delta, **more}
+        said = {"choices": [choice], "created": 5, "id": "a", "object": "chat.completion.chunk"}
+        return b"data: " + json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+    pieces = ["Hel", 'lo "]}}],"created":9', " \\", "", "🧗\n", "\0end"]
+    scored = [event({"content": piece}, logprobs={"content": []}) for piece in "ab"]
+
+    async def write(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        writer.write(event({"role": "assistant", "content": None}) + event({"content": "At once."}))
+        await asyncio.sleep(0.05)
+        for piece in pieces:
+            writer.write(event({"content": piece}))
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.6)
+        writer.write(b"".join(scored) + b"data: [DONE]\n\n")
+        writer.close()
+
+    async def read() -> tuple[list, list]:
+        server = await asyncio.start_server(write, "127.0.0.1")
+        port = server.sockets[0].getsockname()[1]
+        engine = SimpleNamespace(address=f"http://127.0.0.1:{port}", headers={})
+        upstream, found, at = completions.Upstream(), [], []
+        async with server, upstream.stream(engine, {}) as events:
+            async for data in events:
+                found.append(json.loads(data)["choices"][0])
+                at.append(asyncio.get_running_loop().time())
+        await upstream.close()
+        return found, at
+
+    monkeypatch.setattr(completions, "PAUSE", 0.5)
+    monkeypatch.setattr(completions, "LONGEST_PAUSE", 0.5)
+    found, at = asyncio.run(read())
+    assert [choice["delta"]["content"] for choice in found] == [None, "At once.", "".join(pieces), "a", "b"]
+    assert ["logprobs" in choice for choice in found] == [False] * 3 + [True] * 2
+    assert at[1] - at[0] < 0.3 < at[2] - at[1]
 
 
 def test_a_stream_reports_its_usage_when_asked(client):
@@ -1004,9 +1055,9 @@ def test_a_wrong_token_is_refused(http, client, given):
         assert refused(stranger.get("/models", headers=headers), 401)["code"] == "invalid_api_key"
 
 
-def engines() -> list[str]:
-    """The addresses of llama.cpp's servers in the endpoint's process."""
-    endpoint = process.running()
+def engines(endpoint: process.Endpoint | None = None) -> list[str]:
+    """The addresses of llama.cpp's servers in the endpoint's process; in the shared one's if None."""
+    endpoint = endpoint or process.running()
     listening = psutil.Process(endpoint.pid).net_connections()
     ports = {found.laddr.port for found in listening if found.status == psutil.CONN_LISTEN}
     return [f"http://127.0.0.1:{port}" for port in ports if f":{port}/" not in endpoint.base_url]
@@ -1020,10 +1071,15 @@ def test_the_engines_ask_for_the_token_too(client):
         assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 401
 
 
-def busy() -> int:
+def busy(endpoint: process.Endpoint | None = None) -> int:
     """How many requests llama.cpp works on."""
-    headers = {"authorization": f"Bearer {process.running().token}"}
-    slots = [slot for address in engines() for slot in httpx.get(f"{address}/slots", headers=headers).json()]
+    endpoint = endpoint or process.running()
+    headers = {"authorization": f"Bearer {endpoint.token}"}
+    slots = [
+        slot
+        for address in engines(endpoint)
+        for slot in httpx.get(f"{address}/slots", headers=headers, timeout=60).json()
+    ]
     return sum(slot["is_processing"] for slot in slots)
 
 
@@ -1050,18 +1106,48 @@ def test_a_client_that_leaves_a_stream_frees_its_slot(client):
     assert chat(client, max_tokens=1).choices
 
 
-@pytest.mark.slow
+def leaves(client, streamed: bool) -> None:
+    """Ask for two long answers, and be gone before the first."""
+    with pytest.raises(openai.APITimeoutError):
+        if streamed:
+            list(client.with_options(timeout=0.02).chat.completions.create(**LONG, n=2, stream=True))
+        else:
+            client.with_options(timeout=0.5).chat.completions.create(**LONG, n=2)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_leaves_before_its_answer_frees_its_slot(client, streamed):
-    assert chat(client, max_tokens=1).choices  # the engine is there: its start is not what is tested
-    with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=1).chat.completions.create(
-            **LONG, n=2, stream=False
-        ) if not streamed else [
-            *client.with_options(timeout=0.02).chat.completions.create(**LONG, n=2, stream=True)
-        ]
-    assert comes_true(lambda: busy() == 0, seconds=300)
+    """Also while llama.cpp answers others all the time, as it does here to `busy`."""
     assert chat(client, max_tokens=1).choices
+    leaves(client, streamed)
+    assert comes_true(lambda: busy() == 0, seconds=20)
+    assert chat(client, max_tokens=1).choices
+
+
+SLOW_START = """
+import sys, time
+from companion.local import gateway
+
+load = gateway.load
+gateway.load = lambda *given, **named: time.sleep(4) or load(*given, **named)
+gateway.serve(token="a-token", shared=False)
+"""
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_while_the_engine_starts_frees_its_slot(streamed):
+    with subprocess.Popen([sys.executable, "-c", SLOW_START], stdout=subprocess.PIPE, text=True) as gateway:
+        try:
+            address = gateway.stdout.readline().strip().partition("=")[2]
+            own = process.Endpoint(address, "a-token", gateway.pid)
+            client = openai.OpenAI(base_url=address, api_key=own.token, max_retries=0)
+            leaves(client, streamed)
+            assert not engines(own)
+            assert comes_true(lambda: engines(own))
+            assert chat(client, max_tokens=1).choices
+            assert comes_true(lambda: busy(own) == 0, seconds=20)
+        finally:
+            gateway.terminate()
 
 
 def test_sixty_four_requests_at_once_are_all_answered(client):

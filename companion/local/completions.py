@@ -10,9 +10,10 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import aiohttp
@@ -21,8 +22,16 @@ from . import toolcalls
 from .engine import CONTEXT, EMBEDDING_CONTEXT, Engine
 from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, Penalised, ResponseFormat
 
-PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
+CHAT, TEXT_COMPLETION = "/v1/chat/completions", "/v1/completions"
+PROMPTS = {CHAT: "messages", TEXT_COMPLETION: "prompt", "/v1/embeddings": "input"}
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 LONGEST_ANSWER = 1024  # tokens, where the request sets no limit: a small model may never stop by itself
+
+# Reading an event costs a client about as much processor time as some of its tokens took. So one event holds
+# what was written within PAUSE seconds for each open stream, and at most within LONGEST_PAUSE.
+PAUSE, LONGEST_PAUSE = 0.025, 0.2
+TEXT = b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"'  # how llama.cpp's events of text
+TEXT_END = b'"}}],"created":'  # begin and go on after the text, in which every quotation mark is escaped
 
 
 class Upstream:
@@ -30,6 +39,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
+        self._streams = 0
 
     def _post(self, engine: Engine, route: str, body: dict):
         if self._session is None:  # here, since a session belongs to the event loop that runs
@@ -48,19 +58,45 @@ class Upstream:
             raise _refused(reply.status, content, PROMPTS.get(route))
         return json.loads(content)
 
+    async def answer(self, engine: Engine, route: str, body: dict) -> dict:
+        """llama.cpp's whole answer to a chat or text completion.
+
+        It is read as a stream, since llama.cpp sees at once that the client of a stream has left, but that of
+        a whole reply only when a second has passed in which it finished nothing for anyone. Logprobs are the
+        exception: a stream leaves out those of a character's first bytes.
+        """
+        if body.get("logprobs"):
+            return await self.post(engine, route, body)
+        async with self._post(engine, route, body | STREAMED) as reply:
+            content = await reply.read()
+        if reply.status != 200:
+            raise _refused(reply.status, content, PROMPTS[route])
+        chunks = [json.loads(event) for event in _joined(_data(content.split(b"\n\n")))]
+        text, finish = "", None
+        for chunk in chunks:
+            if "error" in chunk:
+                raise ApiError(chunk["error"]["message"], status=500, type="server_error")
+            for choice in chunk["choices"]:
+                text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+                finish = choice["finish_reason"]
+        choice = {"text": text, "message": {"content": text}, "finish_reason": finish}
+        return chunks[-1] | {"object": "chat.completion", "choices": [choice]}
+
     @asynccontextmanager
     async def stream(self, engine: Engine, body: dict) -> AsyncIterator[AsyncIterator[bytes]]:
         """The data of llama.cpp's server-sent events, [DONE] left out; leaving frees the slot.
 
-        Awaits the reply's head, so that a refusal is raised before anything is sent on.
+        The first piece of text comes at once; those after it that come quickly come together. Awaits the
+        reply's head, so that a refusal is raised before anything is sent on.
         """
-        route = "/v1/chat/completions"
-        async with self._post(engine, route, body) as reply:
+        async with self._post(engine, CHAT, body | STREAMED) as reply:
             if reply.status != 200:
-                raise _refused(reply.status, await reply.read(), PROMPTS[route])
+                raise _refused(reply.status, await reply.read(), PROMPTS[CHAT])
+            self._streams += 1
             try:
-                yield _events(reply.content)
+                yield _events(reply.content, lambda: min(PAUSE * self._streams, LONGEST_PAUSE))
             finally:
+                self._streams -= 1
                 reply.close()
 
     async def close(self) -> None:
@@ -69,13 +105,41 @@ class Upstream:
             await self._session.close()
 
 
-async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    rest = b""
+async def _events(content: aiohttp.StreamReader, pause: Callable[[], float]) -> AsyncIterator[bytes]:
+    rest, first = b"", True
     async for piece in content.iter_any():
         *events, rest = (rest + piece).split(b"\n\n")
-        for event in events:
-            if event.startswith(b"data: ") and event != b"data: [DONE]":
-                yield event[6:]
+        found = _data(events)
+        if found and first:
+            if b'"role":' not in found[0][:100]:  # llama.cpp forgets it where the first tokens come at once
+                found[0] = found[0].replace(b'"delta":{', b'"delta":{"role":"assistant",', 1)
+            first = False
+        for event in _joined(found):
+            yield event
+        if found and _text(found[-1]) is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause()):
+                    await content.wait_eof()
+
+
+def _data(events: list[bytes]) -> list[bytes]:
+    return [event[6:] for event in events if event.startswith(b"data: ") and event != b"data: [DONE]"]
+
+
+def _joined(events: list[bytes]) -> Iterator[bytes]:
+    """The events, with texts that follow each other in one."""
+    for is_text, group in groupby(events, lambda event: _text(event) is not None):
+        if is_text:
+            *before, last = group
+            yield TEXT + b"".join(_text(event) for event in before) + last[len(TEXT) :]
+        else:
+            yield from group
+
+
+def _text(event: bytes) -> bytes | None:
+    """The text of an event that holds nothing else, escaped as in JSON; None for any other event."""
+    start, found, _ = event.partition(TEXT_END)
+    return start[len(TEXT) :] if found and start.startswith(TEXT) else None
 
 
 def _refused(status: int, content: bytes, param: str | None) -> ApiError:
@@ -225,7 +289,7 @@ def several(body: dict, n: int) -> list[dict]:
 async def chat(upstream: Upstream, engine: Engine, request: ChatRequest) -> dict:
     """A whole chat completion, as the SDK's `ChatCompletion` reads it."""
     bodies = several(engine_body(request), request.n or 1)
-    answers = await asyncio.gather(*(upstream.post(engine, "/v1/chat/completions", body) for body in bodies))
+    answers = await asyncio.gather(*(upstream.answer(engine, CHAT, body) for body in bodies))
     first = answers[0]
     first["choices"] = [
         _choice(answer["choices"][0], number, request) for number, answer in enumerate(answers)
@@ -290,8 +354,7 @@ async def chat_stream(
 
     Raises ApiError before the first event where the request is refused.
     """
-    more = {"stream": True, "stream_options": {"include_usage": True}}
-    bodies = [body | more for body in several(engine_body(request), request.n or 1)]
+    bodies = several(engine_body(request), request.n or 1)
     usage = bool(request.stream_options and request.stream_options.include_usage)
     first = await stack.enter_async_context(AsyncExitStack())
     source = await first.enter_async_context(upstream.stream(engine, bodies[0]))
@@ -313,9 +376,7 @@ async def chat_stream(
 
 async def _relayed(source: AsyncIterator[bytes], usage: bool, request: ChatRequest) -> AsyncIterator[bytes]:
     async for data in source:
-        if not request.logprobs and data.startswith(
-            b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"'
-        ):
+        if not request.logprobs and data.startswith(TEXT):
             yield b"data: " + data + b"\n\n"  # nearly every event: a piece of text, already in OpenAI's form
         elif chunk := _chunk(json.loads(data), 0, usage, request):
             yield _event(chunk)
@@ -431,7 +492,7 @@ async def completion(upstream: Upstream, engine: Engine, request: CompletionRequ
     }
     if request.logprobs is not None:
         body["logprobs"] = max(request.logprobs, 1)
-    answer = await upstream.post(engine, "/v1/completions", body)
+    answer = await upstream.answer(engine, TEXT_COMPLETION, body)
     choice = answer["choices"][0]
     items = (choice.get("logprobs") or {}).get("content", [])
     logprobs = None
