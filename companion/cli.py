@@ -215,13 +215,25 @@ def release(
         Path | None, typer.Argument(help="Folder of the solutions; the course's own if not given.")
     ] = None,
     target: Annotated[Path | None, typer.Argument(help="Folder for the learner's notebooks.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run each solution and its wrong answers, too: who earns what?")
+    ] = False,
 ) -> None:
     """Make the learner's exercise notebooks from their solutions."""
+    _needs("nbformat", "book")
+    from companion.grading import backcheck
     from companion.grading.release import release as make
 
     source = source or _in_checkout("exercises/solutions")
     for file in make(source, target or source.parent):
         print(f"wrote {file}")
+    if check:
+        found = {file.name: backcheck.back_check(file) for file in sorted(source.glob("*.ipynb"))}
+        for name, complaints in found.items():
+            print(f"{name}: " + ("its checks tell right from wrong" if not complaints else "see below"))
+        if any(found.values()):
+            lines = [f"  {name}: {complaint}" for name, all_ in found.items() for complaint in all_]
+            raise SystemExit("\n".join(["companion: some checks do not tell right from wrong:", *lines]))
 
 
 @app.command()

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from typer.testing import CliRunner
 
+from companion import cli
 from companion.checks import MIME
 from companion.grading import backcheck, release
 
@@ -104,6 +106,21 @@ def test_a_check_that_lets_a_wrong_answer_pass_is_complained_of(small):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "status", "said"),
+    [
+        ("number", 0, "01_double.ipynb: its checks tell right from wrong"),
+        ("4", 1, "wrong answer 1 earns 2 points"),
+    ],
+)
+def test_release_checks_the_checks_where_it_is_asked_to(small, tmp_path, wrong, status, said):
+    folder = small(CHECK, [f"def double(number):\n    return {wrong}"]).parent
+    done = CliRunner().invoke(cli.app, ["release", str(folder), str(tmp_path / "learners"), "--check"])
+    assert bool(done.exit_code) == status and said in done.output + str(done.exception)
+    assert (tmp_path / "learners" / "01_double.ipynb").exists()
+
+
+@pytest.mark.slow
 def test_points_are_decided_by_what_is_emitted_and_not_by_what_is_said(small):
     claim = "def double(number):\n    Check.passed = True\n    return 5"
     hidden = CHECK + '\n    check.record("hidden", double(7))'
@@ -116,7 +133,7 @@ def test_points_are_decided_by_what_is_emitted_and_not_by_what_is_said(small):
 
 @pytest.mark.slow
 def test_a_solution_that_does_not_pass_its_own_check_is_refused(small):
-    with pytest.raises(ValueError, match="check: the solution does not pass"):
+    with pytest.raises(ValueError, match=r"01_double\.ipynb, check: the solution does not pass"):
         backcheck.back_check(small(CHECK.replace("4)", "5)"), []))
 
 

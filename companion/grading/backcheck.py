@@ -28,7 +28,11 @@ def back_check(source: Path) -> list[str]:
     asked = release.questions(notebook)
     answers = {q.grade_id: [release.unmark(q.answer.source), *q.wrong_answers] for q in asked}
     complaints = []
-    for name, earned in try_answers(notebook, answers).items():
+    try:
+        tried = try_answers(notebook, answers)
+    except ValueError as error:
+        raise ValueError(f"{Path(source).name}, {error}") from error
+    for name, earned in tried.items():
         complaints += [] if len(earned) > 1 else [f"{name}: no wrong answer is listed"]
         for number, points in enumerate(earned):
             which = f"wrong answer {number}" if number else "the unsolved cell"

@@ -184,6 +184,12 @@ def _cut(stem: str, exercises: Collection[str]) -> tuple[str, str]:
     return stem, ""
 
 
+def moodle_folder(path: str) -> str:
+    """The folder by which Moodle knows whose feedback a file is, if a submission's path holds it."""
+    found = (_MOODLE.match(part) for part in path.split("/"))
+    return next((f"{match[0]}_" for match in found if match), "")
+
+
 def _lms(text: str) -> tuple[str, str]:
     """A learner and their number in the LMS, out of what Moodle or Canvas make of them."""
     found = _MOODLE.match(text) or _CANVAS.match(text)

@@ -72,6 +72,8 @@ def read(file: Path) -> NotebookNode:
     except Exception as error:  # nbformat raises whatever the JSON makes it stumble over
         raise ValueError(f"{file.name} is not a notebook: {str(error).strip().splitlines()[0]}") from error
     try:
+        if not isinstance(needs_model(notebook), bool):
+            raise ValueError(f"companion.model is {needs_model(notebook)!r}, but should be true or false")
         questions(notebook)
     except ValueError as error:
         raise ValueError(f"{file.name}, {error}") from error
@@ -148,6 +150,11 @@ def strip(notebook: NotebookNode) -> NotebookNode:
     learners = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
     nbformat.validate(learners)
     return learners
+
+
+def needs_model(notebook: NotebookNode) -> bool:
+    """Whether a source's checks ask the model itself: its metadata hold `"companion": {"model": true}`."""
+    return notebook.metadata.get("companion", {}).get("model", False)
 
 
 def unmark(code: str) -> str:

@@ -20,8 +20,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from zipfile import ZipFile, ZipInfo
 
-from companion.grading.collect import csv_cell, safe_name
+from companion.grading.collect import csv_cell, moodle_folder, safe_name
 from companion.grading.score import SAID, Book, Learner, Scored, Value, Work
 
 LONGEST_CODE = 20_000  # characters of an answer in a feedback page
@@ -61,6 +62,9 @@ def write(folder: Path, book: Book) -> list[Path]:
     files |= {"moodle.csv": moodle(book)}
     if any(learner.lms_id for learner in book.learners):
         files |= {f"moodle-{name}.csv": worksheet(book, name) for name in book.measures}
+        for name in book.measures:
+            if content := feedback_files(book, name):
+                _write(folder / f"moodle-feedback-{name}.zip", content)
     files["gradebook.csv"] = "\ufeff" + gradebook(book)
     for name, text in files.items():
         _write(folder / name, text)
@@ -134,6 +138,19 @@ def worksheet(book: Book, exercise: str) -> str:
             if learner.lms_id and work.exercise == exercise and work.status == "ok":
                 rows.append([f"Participant {learner.lms_id}", _name(learner), number(work.points), most, ""])
     return _csv(rows)
+
+
+def feedback_files(book: Book, exercise: str) -> bytes | None:
+    """The feedback pages of an exercise as the archive that Moodle takes; None where no name is Moodle's."""
+    file, names = io.BytesIO(), set()
+    with ZipFile(file, "w") as archive:
+        for work in book.works:
+            if work.exercise == exercise and (place := moodle_folder(work.file)) and place not in names:
+                names.add(place)
+                info = ZipInfo(f"{place}/{exercise}.html")  # of 1980, so that the bytes stay the same
+                info.external_attr = 0o644 << 16
+                archive.writestr(info, feedback(work, book).encode("utf-8", "backslashreplace"))
+    return file.getvalue() if names else None
 
 
 def checks(book: Book) -> str:
@@ -374,11 +391,13 @@ def _escaped(text: str) -> str:
     return html.escape("".join(shown))
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        part.write_bytes(text.encode("utf-8", "backslashreplace"))
+        if isinstance(content, str):
+            content = content.encode("utf-8", "backslashreplace")
+        part.write_bytes(content)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

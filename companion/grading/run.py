@@ -6,6 +6,8 @@ cells. Every notebook's result is a file as soon as it is done, so that a run th
 it stopped. Nothing is scored here: whether what was emitted is right is for `backcheck.agrees`.
 """
 
+import ast
+import builtins
 import copy
 import hashlib
 import json
@@ -36,6 +38,7 @@ from companion.grading.sandbox import NAME, START, kernelspec, over_limit, self_
 TIMEOUT = 30.0  # seconds for a cell; a notebook has ten times as many in all
 MOST_OUTPUT = 16 << 20  # bytes of a cell's output, and of one message
 LARGEST_RESULT = 4 << 20  # bytes of the message that carries a result; checks.clean keeps to less
+DEEPEST_RESULT = 100  # levels of a result; checks.clean keeps to less
 CHUNK = 8  # notebooks in a job for an executor
 _SEED = "COMPANION_GRADING_SEED"
 _EXIT = "get_ipython().ask_exit = lambda: None"  # then exit() does nothing; otherwise it ends the kernel
@@ -57,7 +60,13 @@ class Outcome:
 
 
 def solve(
-    source: NotebookNode, *, seed: int, sandbox: bool = True, timeout: float = TIMEOUT, **places: Any
+    source: NotebookNode,
+    *,
+    seed: int,
+    sandbox: bool = True,
+    model: bool = False,
+    timeout: float = TIMEOUT,
+    **places: Any,
 ) -> NotebookNode:
     """A solution with the outputs of its check cells: what `run`, which see, takes as a reference.
 
@@ -66,7 +75,7 @@ def solve(
     solved = copy.deepcopy(source)
     cells = [cell for cell in solved.cells if cell.cell_type == "code" and not _is_live(cell)]
     with tempfile.TemporaryDirectory(prefix="companion-") as folder:
-        specs = kernelspec(Path(folder), sandbox=sandbox, env={_SEED: str(seed)}, **places)
+        specs = kernelspec(Path(folder), sandbox=sandbox, env={_SEED: str(seed)}, **_given(model, places))
         replay = Replay([cell.source for cell in cells], lambda: Kernel(specs, folder), timeout)
         try:
             for number, cell in enumerate(cells):
@@ -88,6 +97,7 @@ def run(
     folder: Path,
     workers: int = 1,
     sandbox: bool = True,
+    model: bool = False,
     executor: Executor | None = None,
     timeout: float = TIMEOUT,
     **places: Any,
@@ -97,16 +107,18 @@ def run(
     notebooks: by any name; notebooks that are equal are run once. references: by the same names, what `solve`
     returned. seed: the one that `solve` was given. folder: keeps the result files, and a JUnit file of the
     last session. workers: how many notebooks run at the same time. sandbox and `places`: what
-    `sandbox.kernelspec` takes. executor: submits sessions of a few notebooks each instead of one on this
-    machine. timeout: seconds for a cell; a notebook gets ten times as many.
+    `sandbox.kernelspec` takes. model: whether kernels may read the course's models, for an endpoint of their
+    own. executor: submits sessions of a few notebooks each instead of one on this machine. timeout: seconds
+    for a cell; a notebook gets ten times as many.
 
     Raises ValueError for a check cell without a reference, RuntimeError where there is no sandbox.
     """
-    options = {"seed": seed, "workers": workers, "sandbox": sandbox, "timeout": timeout, **places}
+    options = {"seed": seed, "workers": workers, "sandbox": sandbox, "model": model, "timeout": timeout}
+    options |= places
     texts, names = {}, {}
     for key, notebook in notebooks.items():
         text = _with_reference(key, notebook, references[key])
-        told = json.dumps([_FORMAT, text, seed, sandbox, timeout])
+        told = json.dumps([_FORMAT, text, seed, sandbox, model, timeout])
         names[key] = hashlib.sha256(told.encode()).hexdigest()[:40]
         texts[names[key]] = text
     folder = Path(folder).resolve()  # pytest works in another one
@@ -136,15 +148,60 @@ def run(
 def _with_reference(key: str, notebook: NotebookNode, reference: NotebookNode) -> str:
     """A notebook as nbval gets it: a check cell's stored output is what the solution emitted."""
     solved = {_grade_id(cell): result(cell) for cell in reference.cells if is_check(cell)}
+    known = set().union(*(_named(cell.source) for cell in reference.cells if cell.cell_type == "code"))
     notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], 1
             if is_check(cell):
+                cell.source = _with_builtins(cell.source, known)
                 if not (emitted := solved.get(_grade_id(cell))):
                     raise ValueError(f"{key}: the reference has no result for {_grade_id(cell)}")
                 cell.outputs = _stored(emitted)
     return nbformat.writes(notebook)
+
+
+def _with_builtins(code: str, known: set[str]) -> str:
+    """A check cell's code that finds Python's own `list` where a learner's `list = [1, 2]` hides it.
+
+    Learners see that only if a visible check calls `list`; the hidden ones must not cost them points for it.
+    known: names that the exercise itself gives a value.
+    """
+
+    class Qualified(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            if node.id in known or node.id.startswith("_") or not hasattr(builtins, node.id):
+                return node
+            return ast.Attribute(ast.Name("_builtins", ast.Load()), node.id, ast.Load())
+
+    try:
+        return "import builtins as _builtins\n" + ast.unparse(Qualified().visit(ast.parse(code)))
+    except SyntaxError:  # there is a magic of IPython's in it
+        return code
+
+
+def _named(code: str) -> set[str]:
+    """All names that code gives a value anywhere."""
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except SyntaxError:
+        return set()
+    found = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    found |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    found |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    return found | {
+        node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+
+
+def _given(model: bool, places: Mapping[str, Any]) -> dict[str, Any]:
+    """What `kernelspec` is given on this machine: with the models' folder where they are needed."""
+    if not model:
+        return dict(places)
+    from companion.local import weights
+
+    [folder] = {weights.path(name).parent for name in weights.MODELS}
+    return {**places, "weights": folder}
 
 
 def _session(
@@ -155,6 +212,7 @@ def _session(
     seed: int,
     workers: int,
     sandbox: bool,
+    model: bool,
     timeout: float,
     **places: Any,
 ) -> None:
@@ -167,7 +225,7 @@ def _session(
             f"the sandbox has holes, so nothing is graded. From inside it could {', '.join(worked)}"
         )
     with tempfile.TemporaryDirectory(prefix="companion-", dir=results) as work:
-        kernelspec(Path(work), sandbox=sandbox, env={_SEED: str(seed)}, **places)
+        kernelspec(Path(work), sandbox=sandbox, env={_SEED: str(seed)}, **_given(model, places))
         batch = Path(work) / "batch"
         batch.mkdir()
         for name, text in texts.items():
@@ -378,7 +436,8 @@ class Kernel:
                 frames = channel.recv_multipart()
                 length = sum(map(len, frames))
                 size += length
-                kind, content = self._message(frames, request)
+                # What is too large for a result, such as an image, is counted and not read.
+                kind, content = self._message(frames, request) if length <= LARGEST_RESULT else ("", {})
                 if channel is self.shell and kind.endswith("_reply") and not reply:
                     reply = content
                     end = min(end, time.monotonic() + 5)  # for the outputs to come in
@@ -386,7 +445,7 @@ class Kernel:
                     idle = True
                 elif kind in ("display_data", "execute_result") and len(emitted) < 2:
                     data = content.get("data")
-                    if isinstance(data, dict) and MIME in data and length <= LARGEST_RESULT:
+                    if isinstance(data, dict) and MIME in data and not _is_deep(data[MIME]):
                         emitted.append(data[MIME])
             if size > MOST_OUTPUT:
                 return Outcome(None, "flood", f"it gave out more than {MOST_OUTPUT >> 20} MB")
@@ -403,7 +462,8 @@ class Kernel:
                 return Outcome(None, "timeout", f"it did not end within {timeout:g} seconds")
         found = emitted[0] if len(emitted) == 1 and isinstance(emitted[0], dict) else None
         if reply.get("status") != "ok":
-            said = f"{reply.get('ename', 'an error')}: {reply.get('evalue', '')}"
+            name, value = (x if isinstance(x := reply.get(key), str) else "" for key in ("ename", "evalue"))
+            said = f"{name or 'an error'}: {value}"
             return Outcome(found, "error", said[:300].encode("utf-8", "backslashreplace").decode())
         return Outcome(found, "ok", "" if len(emitted) < 2 else "it emitted more than one result")
 
@@ -417,3 +477,18 @@ class Kernel:
         except Exception:  # a stranger wrote it: bad signatures, bad JSON, nested too deep, …
             pass
         return "", {}
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether JSON has more levels than a result may; what is too deep cannot be copied or written."""
+    level = [value]
+    for _ in range(DEEPEST_RESULT):
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return False
+    return True

@@ -38,6 +38,7 @@ from jupyter_client.provisioning import LocalProvisioner
 from traitlets import List, Unicode
 
 import companion
+from companion import backend
 
 NAME = "companion-sandbox"  # of the provisioner, and of the kernelspecs, walled or not
 MEMORY = 4 << 30  # bytes, of each process and of all together
@@ -56,6 +57,7 @@ ENVIRONMENT = {
     "TZ": "UTC",
     "COMPANION_HOME": f"{_HOME}/companion",
     "PYTHONDONTWRITEBYTECODE": "1",
+    "PIP_NO_INDEX": "1",  # a learner's `%pip install` ends at once, and does not try and try again
 }
 # The same in the sandbox and without: what numbers come out must not depend on the machine.
 STEADY = {
@@ -66,12 +68,13 @@ STEADY = {
     "MALLOC_ARENA_MAX": "2",
 }
 # Where no model is given, `companion.client()` is a client that nobody answers: checks script what it says.
+# The models' names are those that learners see, and may have written down in their answers.
 NO_MODEL = {
     "COMPANION_BACKEND": "openai",
     "OPENAI_BASE_URL": "http://127.0.0.1:9/v1",
     "OPENAI_API_KEY": "none",
-    "OPENAI_MODEL": "none",
-    "OPENAI_EMBEDDING_MODEL": "none",
+    "OPENAI_MODEL": backend.CHAT_MODEL,
+    "OPENAI_EMBEDDING_MODEL": backend.EMBEDDING_MODEL,
 }
 
 
@@ -99,7 +102,9 @@ def kernelspec(
     }
     if sandbox:
         require()
-        shown = [str(Path(path).resolve()) for path in [*readable, *([weights] if weights else [])]]
+        # Model files one by one: they may be links to where they really lie.
+        files = sorted(Path(weights).resolve().glob("*.gguf")) if weights else []
+        shown = [*(str(Path(path).resolve()) for path in readable), *map(str, files)]
         config = {"readable": shown}
         spec["metadata"] = {"kernel_provisioner": {"provisioner_name": NAME, "config": config}}
         env = ENVIRONMENT | env

@@ -8,11 +8,13 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import filelock
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
@@ -287,6 +289,33 @@ def test_a_second_grader_on_the_same_folder_is_refused_in_one_line(course, grade
     assert done.returncode == 1
     assert done.stderr == f"companion: another grader works on {grades}: wait for it, or give another --out\n"
     assert written(grades) == before
+
+
+def test_a_grader_killed_in_mid_run_goes_on_and_a_second_one_beside_it_is_refused(course, walled, tmp_path):
+    [source, *_] = grading._sources(course / "solutions").values()
+    for number in range(6):
+        answer = f"import time\ntime.sleep(0.4)\n{RIGHT}  # {number}"
+        submit(tmp_path / "subs" / f"learner-{number}" / "01_tiny.ipynb", source, double=answer)
+    folders = [tmp_path / "subs", tmp_path / "out", course / "solutions"]
+    options = ["--out", folders[1], "--exercises", folders[2], "--workers", "2", "--seed", "7"]
+    code = "from companion.cli import main; main()"
+    grader = subprocess.Popen([sys.executable, "-c", code, "grade", folders[0], *map(str, options)])
+    results, end = folders[1] / ".work" / "results", time.monotonic() + 60
+    while len(list(results.glob("*.json"))) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    with pytest.raises(RuntimeError, match="another grader works on"):
+        grade(*folders)
+    family = psutil.Process(grader.pid).children(recursive=True)
+    grader.kill()
+    grader.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert len(family) > 2 and not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+    before = {file: file.stat().st_mtime_ns for file in results.glob("*.json")}
+    assert 2 <= len(before) < 6 and not (folders[1] / "gradebook.csv").exists()
+    grade(*folders, workers=1)  # with the seed that is kept
+    assert all(file.stat().st_mtime_ns == time_ for file, time_ in before.items())
+    grade(folders[0], tmp_path / "undisturbed", folders[2], workers=2, seed=7)
+    assert written(folders[1]) == written(tmp_path / "undisturbed")
 
 
 # What is wrong

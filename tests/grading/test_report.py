@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+from dataclasses import replace
+from zipfile import ZipFile
 
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
@@ -91,6 +93,18 @@ def test_moodle_gets_a_table_for_all_and_a_worksheet_for_each_exercise(book):
         ["Identifier", "Full name", "Grade", "Maximum grade", "Last modified (grade)"],
         ["Participant 77", "Ö", "0", "2", ""],
     ]
+
+
+def test_moodle_gets_the_feedback_pages_in_folders_that_it_knows_learners_by(book, tmp_path):
+    assert report.feedback_files(book, "a") is None
+    work = replace(book.works[4], file="Ö_77_assignsubmission_file/a.ipynb")
+    found = replace(book, works=(*book.works[:4], work, book.works[5]))
+    with ZipFile(io.BytesIO(report.feedback_files(found, "a"))) as archive:
+        assert archive.namelist() == ["Ö_77_assignsubmission_file_/a.html"]
+        assert archive.read(archive.namelist()[0]).decode() == report.feedback(work, found)
+    names = {path.name for path in report.write(tmp_path, found)}
+    assert "moodle-a.csv" in names and (tmp_path / "moodle-feedback-a.zip").exists()
+    assert not (tmp_path / "moodle-feedback-b.zip").exists()
 
 
 def test_the_checks_are_json_with_everything(book):

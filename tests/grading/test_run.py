@@ -61,9 +61,10 @@ def reference(walled):
 
 
 def points(outcomes, reference):
-    """Two for each check cell that emitted what the solution does."""
+    """Two for each check cell that ended well and emitted what the solution does."""
     emitted = {one.metadata.nbgrader.grade_id: result(one) for one in reference.cells if is_check(one)}
-    return [2 * agrees(outcomes[name].emitted, emitted[name]) for name in ("check-a", "check-b")]
+    ended = {name: outcomes[name] for name in ("check-a", "check-b")}
+    return [2 * (one.status == "ok" and agrees(one.emitted, emitted[name])) for name, one in ended.items()]
 
 
 FORGED = f"""from IPython.display import display
@@ -148,6 +149,122 @@ def a(n):
     return n + 97 + len(found)
 """
 
+# Honest, and clumsy.
+HIDES = """list = sum = len = [1, 2]
+max, range, zip, isinstance = 0, "a-z", None, False
+def a(n):
+    return n + 97
+"""
+TOOLS = """%pip install colorama
+%matplotlib inline
+%pdb on
+import asyncio, logging, sys, warnings
+import matplotlib.pyplot as plt
+import numpy as np
+warnings.simplefilter("error")
+logging.basicConfig(level="DEBUG")
+plt.plot([1, 2])
+plt.show()
+async def slow(n):
+    await asyncio.sleep(0)
+    return n
+await slow(1)
+def a(n):
+    logging.debug("a of %s", n)
+    plt.plot([n]); plt.show(); plt.close("all")
+    return np.int64(n) + 97
+"""
+RAISES_LATER = """%%time
+def a(n):
+    return n + 97
+assert a(1) == 99, "my own test is wrong"
+"""
+ASKS = """import companion
+client = companion.client()
+def a(n):
+    return n + 97
+print(a(int(input("a number, please: "))))
+"""
+ASKS_THE_MODEL = """import companion
+client = companion.client().with_options(max_retries=0)
+def a(n):
+    return n + 97
+messages = [{"role": "user", "content": "Hi"}]
+client.chat.completions.create(model="smollm2-135m-instruct", messages=messages)
+"""
+# Hostile.
+DEEP = """from IPython.display import display
+def nested(levels):
+    return 0 if not levels else {"values": [nested(levels - 1)]}
+def a(n):
+    display({MIME: nested(220)}, raw=True)
+    return 98
+""".replace("MIME", repr(MIME))
+WIDE = f"""from IPython.display import display
+def a(n):
+    display({{{MIME!r}: {{"values": [[]] * 800_000}}}}, raw=True)
+    return 98
+"""
+BUILTINS = """import builtins, json
+builtins.isinstance = lambda *_: True
+builtins.len = lambda _: 1
+json.dumps = lambda *_, **__: "{}"
+def a(n): return 98
+"""
+MIMEBUNDLE = f"""from companion import checks
+def bundle(self, include=None, exclude=None):
+    hidden = [{{"what": "hidden", "value": [1, 2, 3], "tolerance": 1e99}}]
+    return {{{MIME!r}: {{"version": 1, "question": "a", "passed": True, "values": self.values + hidden}}}}
+checks.Check._repr_mimebundle_ = bundle
+checks.Check.record = lambda *_, **__: None
+def a(n): return 98
+"""
+FRAMES = """import sys
+def a(n):
+    frame = sys._getframe()
+    while frame:
+        for values in (frame.f_locals, frame.f_globals):
+            if isinstance(values.get("expected"), int):
+                return values["expected"]
+        frame = frame.f_back
+    return 98
+"""
+REPLIES = """kernel = get_ipython().kernel
+send = kernel.session.send
+def sends(stream, kind, content=None, *rest, **more):
+    if kind == "execute_reply":
+        content = {"status": ["ok"], "ename": [[[[1]]]], "evalue": {"a": 1}}
+    return send(stream, kind, content, *rest, **more)
+kernel.session.send = sends
+def a(n): return n + 97
+"""
+SEED_AGAIN = """import os
+os.environ["COMPANION_GRADING_SEED"] = ""
+def a(n): return {1: 98}.get(n, 1)
+"""
+STOPS = """import os, signal
+def a(n):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return n + 97
+"""
+PACKAGE = """import companion, glob, os, subprocess, sys
+folder = os.path.dirname(companion.__file__)
+for path in glob.glob(folder + "/**/*.py", recursive=True)[:5]:
+    try:
+        open(path, "a").write("raise SystemExit")
+    except OSError:
+        pass
+subprocess.run([sys.executable, "-c", "import os; os.kill(-1, 9)"])
+def a(n): return n + 97
+"""
+FAMILY = """import os, time
+for _ in range(6):
+    if os.fork() == 0:
+        held = bytearray(os.urandom(1 << 20)) * 1000
+        time.sleep(60)
+time.sleep(60)
+"""
+
 # An answer to question a, the points of a and of b, and how the cells ended that did not end well.
 SUBMISSIONS = {
     "honest": (GOOD["a"], [2, 2], {}),
@@ -184,6 +301,24 @@ SUBMISSIONS = {
     "run_cell": (RUN_CELL, [0, 0], dict.fromkeys(["check-a", "b", "check-b"], "timeout")),
     "modules": (MODULES, [2, 2], {}),
     "finds no notebook": (SECRETS, [2, 2], {}),
+    "hides builtins": (HIDES, [2, 2], {}),
+    "own test fails": (RAISES_LATER, [2, 2], {"a": "error"}),
+    "asks the learner": (ASKS, [2, 2], {"a": "error"}),
+    "asks the model": (ASKS_THE_MODEL, [2, 2], {"a": "error"}),
+    "prints much": ("def a(n):\n    print('x' * 1_000_000)\n    return n + 97", [2, 2], {}),
+    "shadows the check": ("check = draw = values = None\ndef a(n): return n + 97", [2, 2], {}),
+    "emits deep": (DEEP, [0, 2], {}),
+    "emits wide": (WIDE, [0, 2], {}),
+    "builtins": (BUILTINS, [0, 2], {"a": ("timeout", "died")}),
+    "mimebundle": (MIMEBUNDLE, [0, 0], {}),
+    "frames": (FRAMES, [0, 2], {}),
+    "forges replies": (REPLIES, [0, 0], dict.fromkeys(["a", "check-a", "b", "check-b"], "error")),
+    "another seed": (SEED_AGAIN, [0, 0], {}),
+    "stops itself": (STOPS, [0, 2], {"check-a": "timeout"}),
+    "kills all that it sees": (PACKAGE, [0, 2], {"a": "died"}),
+    "memory in parts": (FAMILY, [0, 2], {"a": ("died", "timeout")}),
+    "shuts down": ("get_ipython().kernel.do_shutdown(False)\ndef a(n): return n + 97", [2, 2], {}),
+    "long error": ("def a(n): raise ValueError('x' * (30 << 20))", [0, 2], {}),
     "markers": ("# NBVAL_SKIP\n# NBVAL_IGNORE_OUTPUT\ndef a(n): return 98", [0, 2], {}),
     "surrogates": (
         "def a(n): raise ValueError('\\ud800' * 10)\nraise KeyError('\\ud800')",
@@ -289,6 +424,12 @@ def test_order_workers_and_machine_do_not_change_an_outcome(batch, reference, tm
         )
     assert list(found) == names
     assert found == {name: outcomes[name] for name in names}
+
+
+def test_honest_work_with_installs_plots_logs_and_a_debugger_earns_its_points(reference, tmp_path):
+    found = run({"x": notebook(a=TOOLS)}, {"x": reference}, seed=SEED, folder=tmp_path)
+    assert points(found["x"], reference) == [2, 2]
+    assert {one.status for one in found["x"].values()} == {"ok"}
 
 
 def test_without_a_sandbox_an_honest_notebook_gets_the_same(reference, tmp_path):
