@@ -48,7 +48,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the trainer, for both sides
     with tempfile.TemporaryDirectory() as folder:
         if chosen.labels:
-            labels(chosen.labels)
+            labels(chosen.labels, Path(folder))
         elif chosen.quality:
             quality(write_job(Path(folder), epochs=1))
         else:
@@ -380,22 +380,47 @@ def loaded(folder: Path, data: Path):
 # --- the adapter in its two formats -------------------------------------------------------------------------
 
 
-def labels(checkpoint: Path) -> None:
-    """Greedy answers to the test tickets: PEFT in bf16 with batches under transformers, and llama.cpp."""
+def labels(checkpoint: Path, folder: Path) -> None:
+    """Greedy answers to the test tickets: PEFT in float32 under transformers, and llama.cpp.
+
+    llama.cpp runs twice: on the base model in float32, which compares the adapter's two formats, and on the
+    model as it is served, where llama.cpp also rounds what goes into each product to 8 bits.
+    """
     tickets = list(shop.tickets("test").itertuples())
     questions, wanted = [question(ticket) for ticket in tickets], [answer(ticket) for ticket in tickets]
-    found = {"llama.cpp": in_llama(checkpoint, questions), "PEFT": in_peft(checkpoint, questions)}
-    for field in ("intent", "urgency", "order_id"):
-        values = {name: [read(text).get(field) for text in texts] for name, texts in found.items()}
-        right = [read(text)[field] for text in wanted]
-        note = ", ".join(
-            f"{sum(map(str.__eq__, map(str, values[name]), map(str, right)))} right in {name}"
-            for name in found
-        )
-        same = sum(a == b for a, b in zip(*values.values(), strict=True))
-        report(f"same {field} in PEFT and llama.cpp", same / len(tickets), f"of {len(tickets)}; {note}")
-    same = sum(a == b for a, b in zip(*found.values(), strict=True))
-    report("same text", same / len(tickets), "")
+    in_full = in_llama(unquantized(folder), checkpoint, questions)
+    served = in_llama(weights.path(MODEL), checkpoint, questions)
+    peft = in_peft(checkpoint, questions)
+    for where, found in (("in float32", in_full), ("as served", served)):
+        for field in ("intent", "urgency", "order_id"):
+            values = [[read(text).get(field) for text in texts] for texts in (peft, found, wanted)]
+            right = [sum(a == b for a, b in zip(one, values[2], strict=True)) for one in values[:2]]
+            same = sum(a == b for a, b in zip(*values[:2], strict=True))
+            note = f"of {len(tickets)}; {right[0]} right in PEFT, {right[1]} in llama.cpp"
+            report(f"same {field} in PEFT and llama.cpp, {where}", same / len(tickets), note)
+
+
+def unquantized(folder: Path) -> Path:
+    """The base model as a GGUF file in float32."""
+    import gguf
+    import numpy as np
+
+    reader, target = gguf.GGUFReader(weights.path(MODEL)), folder / "base.gguf"
+    writer = gguf.GGUFWriter(target, "llama")
+    for field in reader.fields.values():
+        if field.name == "general.file_type":
+            writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        elif not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, numbers.reshape([int(n) for n in reversed(tensor.shape)]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 def read(text: str) -> dict:
@@ -406,12 +431,12 @@ def read(text: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def in_llama(checkpoint: Path, questions: list[str]) -> list[str]:
+def in_llama(base: Path, checkpoint: Path, questions: list[str]) -> list[str]:
     import httpx
 
     from companion.local.engine import Engine
 
-    engine = Engine(weights.path(MODEL), MODEL, "chat", [checkpoint / "adapter.gguf"], key="key")
+    engine = Engine(base, MODEL, "chat", [checkpoint / "adapter.gguf"], key="key")
 
     def ask(text: str) -> str:
         body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 64}
