@@ -34,10 +34,13 @@ pre { overflow-x: auto; background: #8881; padding: .6rem .8rem; border-radius: 
 ul { list-style: none; padding-left: 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: .2rem 0 .8rem 1.4rem }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; font-family: ui-monospace, monospace }
-td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0; overflow-wrap: anywhere }
+table { display: block; overflow-x: auto }
+td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+td:first-child, td:last-child { overflow-wrap: anywhere; min-width: 9rem }
 img { max-width: 100%; background: white; border-radius: .3rem }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_ONLY_HIDDEN = "they are of the same kind, so look in the task for a case that your code does not cover"
 _HIDDEN = {True: "✓ passed", False: "✗ not passed"}
 
 
@@ -246,6 +249,8 @@ def _question(name: str, work: Work, found: list[Scored]) -> Iterator[str]:
         items = [_value(value) for value in check.values]
         if check.hidden is not None:
             items.append(f"<strong>{_HIDDEN[check.hidden]}</strong>: inputs that are not shown")
+            if not check.hidden and all(value.passed for value in check.values):
+                items[-1] += f"; {_ONLY_HIDDEN}"
         yield _list(items)
         if check.note:
             yield f"<p>The check: {_escaped(check.note)}</p>"
