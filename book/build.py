@@ -73,6 +73,8 @@ def run_jupyter_book(folder: Path) -> Path:
         causes = [line for line in report.splitlines() if re.search(r"WARNING: |ERROR: |\w+Error: ", line)]
         first = causes[0].strip() if causes else "Jupyter Book failed"
         raise BuildError(f"the book was not built: {first} (1 of {len(causes) or 1}; see {log})")
+    if note := re.search(r"the pages show stored runs only.*", run.stdout):
+        print(note[0], file=sys.stderr)
     return folder / "_build" / "html"
 
 

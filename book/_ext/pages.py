@@ -23,6 +23,7 @@ from docutils import nodes
 from sphinx.util import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
+import components
 import vendor
 
 logger = logging.getLogger(__name__)
@@ -73,15 +74,20 @@ def finish(app, exception):
     files = [page for page in sorted(out.rglob("*.html")) if "_static" not in page.relative_to(out).parts]
     pages = {page: BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser") for page in files}
     try:
+        vendor.copy("@fontsource/source-serif-4", out / "_static")
         set_mathematics(pages, out)
+        components.embed(pages, out)
         if any(soup.select_one('script[src*="widgets/embed.js"]') for soup in pages.values()):
             vendor.copy("@jupyter-widgets/html-manager", out / "_static")
     except vendor.VendorError as error:
         logger.warning("%s", error, type="pages")
+    components.previews(pages, out)
     for page, soup in pages.items():
         mend_head(soup)
         mend_scripts(soup)
         mend_body(soup)
+        box_objectives(soup)
+        components.quizzes(soup)
         page.write_text(str(soup), encoding="utf-8")
         for problem in load_problems(soup, page, out):
             logger.warning("%s %s", page.name, problem, type="pages")
@@ -180,6 +186,16 @@ def mend_body(soup):
             del cell["scope"]
     if (header := soup.select_one("#pst-header")) and not header.get_text(strip=True):
         header["role"] = "presentation"
+
+
+def box_objectives(soup):
+    """Put the line "After this chapter you can" and its list into a box of their own."""
+    for start in soup.select("article p"):
+        following = start.find_next_sibling()
+        if start.get_text().strip() == "After this chapter you can" and following and following.name == "ul":
+            box = soup.new_tag("div", attrs={"class": "objectives"})
+            start.insert_before(box)
+            box.extend([start.extract(), following.extract()])
 
 
 def load_problems(soup, page, out):
