@@ -26,10 +26,12 @@ ALLOWED = {
     "companion.plots": {"companion.metrics"},
     "companion.shop.systems": {"companion.shop"},
     "companion.comparison": {"companion.metrics"},
+    "companion.evaluation_run": {"companion.backend", "companion.evaluation_log"},
     "companion.evaluation": {
-        "companion.backend",
         "companion.comparison",
+        "companion.evaluation_log",
         "companion.evaluation_report",
+        "companion.evaluation_run",
         "companion.metrics",
     },
     "companion.scorers": {"companion.backend", "companion.evaluation", "companion.metrics"},

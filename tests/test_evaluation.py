@@ -20,7 +20,7 @@ import pytest
 import scripted
 from bs4 import BeautifulSoup
 
-from companion import backend, evaluation
+from companion import backend, evaluation, evaluation_log
 from companion.chat import Chat
 from companion.evaluation import Answer, Sample, Score, compare, evaluate, load
 
@@ -579,7 +579,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
     def full(self, line, place, answered):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluation._File, "append", full)
+    monkeypatch.setattr(evaluation_log.Log, "append", full)
     with pytest.raises(OSError, match="No space"):
         run(log=tmp_path / "log.jsonl")
 
