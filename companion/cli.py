@@ -310,7 +310,9 @@ def grade(
     counts = ", ".join(f"{found.count(status)} {status}" for status in sorted(set(found)))
     sizes = f"{_count(book.learners, 'learner')}, {_count(book.measures, 'exercise')}"
     print(f"{sizes}, seed {book.seed}: {counts}")
-    print(f"wrote {out}/gradebook.csv, overview.html, checks.json, canvas.csv, moodle.csv and feedback/")
+    print(
+        f"wrote {out}/overview.html, gradebook.csv, checks.json, feedback/, and tables for Canvas and Moodle"
+    )
     if failed := found.count("not graded"):
         raise SystemExit(f"companion: no kernel could be started for {failed} notebooks: grade again")
 

@@ -134,7 +134,7 @@ def run(
             _session(todo, results, folder / "junit.xml", **options)
             continue
         chunks = [dict(list(todo.items())[start : start + CHUNK]) for start in range(0, len(todo), CHUNK)]
-        for done in as_completed([executor.submit(_remote, chunk, **options) for chunk in chunks]):
+        for done in as_completed([executor.submit(_remote, chunk, options) for chunk in chunks]):
             for name, text in done.result().items():
                 write(results / f"{name}.json", text)
     outcomes = {name: _read(results / f"{name}.json") for name in texts}
@@ -248,8 +248,11 @@ def _session(
             raise RuntimeError(f"pytest could not run the notebooks: {said}")
 
 
-def _remote(texts: Mapping[str, str], **options: Any) -> dict[str, str]:
-    """A session on whichever machine this runs on; returns the result files' texts."""
+def _remote(texts: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, str]:
+    """A session on whichever machine this runs on; returns the result files' texts.
+
+    options: what `_session` takes by name. Not by name here, since executors keep names for themselves.
+    """
     with tempfile.TemporaryDirectory(prefix="companion-") as folder:
         _session(texts, Path(folder), Path(folder) / "junit.xml", **options)
         return {file.stem: file.read_text() for file in Path(folder).glob("*.json")}

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from xml.etree import ElementTree
 
 import psutil
@@ -413,7 +414,7 @@ def test_order_workers_and_machine_do_not_change_an_outcome(batch, reference, tm
     _, notebooks, outcomes, _ = batch
     names = ["wrong", "syntax", "honest"]
     some = {name: notebooks[name] for name in names}
-    with ThreadPoolExecutor(1) as executor:
+    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
         found = run(
             some,
             dict.fromkeys(some, reference),
