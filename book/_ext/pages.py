@@ -38,6 +38,7 @@ console.log(JSON.stringify(formulas.map(([tex, displayMode]) => {
   catch (error) { return {problem: error.message}; }
 })));
 """
+UNLISTED = ("search.html", "genindex.html")
 DESCRIPTIONS = {"search": "Search the whole book."}
 DESCRIPTION_LENGTH = 155
 NAMES = {
@@ -46,6 +47,16 @@ NAMES = {
     "#pst-secondary-sidebar-modal, #pst-secondary-sidebar": "On this page",
 }
 LOADED = "script[src], img[src], iframe[src], source[src], video[src], audio[src], embed[src]"
+
+
+def offer_launches(app, config):
+    """Where the repository's address is given, offer its notebooks on Binder and Colab."""
+    options = config.html_theme_options
+    if options.get("repository_url"):
+        options.setdefault("launch_buttons", {}).update(
+            binderhub_url="https://mybinder.org", colab_url="https://colab.research.google.com"
+        )
+        options.update(use_repository_button=True, use_issues_button=True)
 
 
 def describe(app, pagename, templatename, context, doctree):
@@ -61,6 +72,45 @@ def describe(app, pagename, templatename, context, doctree):
         text = text[:DESCRIPTION_LENGTH].rsplit(" ", 1)[0] + " …"
     tag = BeautifulSoup().new_tag("meta", attrs={"name": "description", "content": text})
     context["metatags"] = context.get("metatags", "") + str(tag)
+
+
+def mend_links_from_elsewhere(pages, out, base):
+    """What other sites and search engines show: title, description, the card, and a sitemap.
+
+    `base` is where the book will stand (`html_baseurl` in the configuration). Without it neither the card nor
+    the pages have an address that others could fetch.
+    """
+    for page, soup in pages.items():
+        if not (description := soup.select_one('meta[name="description"]')):
+            continue
+        shown = {
+            "og:type": "article",
+            "og:site_name": "GPT at Work",
+            "og:title": soup.title.get_text(strip=True),
+        }
+        shown["og:description"] = description["content"]
+        if base:
+            shown["og:url"] = f"{base}/{page.relative_to(out).as_posix()}"
+            shown["og:image"] = f"{base}/_static/card.png"
+        for old in soup.select('meta[property^="og:"], link[rel="canonical"]'):
+            old.decompose()
+        for name, content in shown.items():
+            soup.head.append(soup.new_tag("meta", attrs={"property": name, "content": content}))
+        soup.head.append(
+            soup.new_tag("meta", attrs={"name": "twitter:card", "content": "summary_large_image"})
+        )
+        if base:
+            soup.head.append(soup.new_tag("link", rel="canonical", href=shown["og:url"]))
+    if base:
+        names = [
+            page.relative_to(out).as_posix()
+            for page in pages
+            if page.name not in ("search.html", "genindex.html")
+        ]
+        places = "".join(f"<url><loc>{base}/{name}</loc></url>" for name in names)
+        head = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+        (out / "sitemap.xml").write_text(f"{head}{places}</urlset>\n", encoding="utf-8")
+        (out / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {base}/sitemap.xml\n", "utf-8")
 
 
 def finish(app, exception):
@@ -82,11 +132,13 @@ def finish(app, exception):
     except vendor.VendorError as error:
         logger.warning("%s", error, type="pages")
     components.previews(pages, out)
+    mend_links_from_elsewhere(pages, out, app.config.html_baseurl.rstrip("/"))
     for page, soup in pages.items():
         mend_head(soup)
         mend_scripts(soup)
         mend_body(soup)
         box_objectives(soup)
+        set_cover(soup)
         components.quizzes(soup)
         page.write_text(str(soup), encoding="utf-8")
         for problem in load_problems(soup, page, out):
@@ -188,6 +240,15 @@ def mend_body(soup):
         header["role"] = "presentation"
 
 
+def set_cover(soup):
+    """Put the title into the cover of the first page, and the drawing beside it."""
+    if not (cover := soup.select_one("article .cover")):
+        return
+    cover.insert(0, soup.select_one("article h1").extract())
+    drawing = (Path(__file__).parent.parent / "_static" / "cover.svg").read_text(encoding="utf-8")
+    cover.select_one(".cover-art").append(BeautifulSoup(drawing, "html.parser"))
+
+
 def box_objectives(soup):
     """Put the line "After this chapter you can" and its list into a box of their own."""
     for start in soup.select("article p"):
@@ -218,6 +279,7 @@ def load_problems(soup, page, out):
 
 
 def setup(app):
+    app.connect("config-inited", offer_launches, priority=900)
     app.connect("html-page-context", describe, priority=900)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
