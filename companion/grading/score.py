@@ -7,8 +7,9 @@ never believed.
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from nbformat import NotebookNode
@@ -181,13 +182,14 @@ def measure(source: NotebookNode, *, seed: int, sandbox: bool = True, **options:
 
     Raises ValueError where a check of it does not pass.
     """
-    solution = restore.reference(source)
-    solved = run.solve(solution, seed=seed, sandbox=sandbox, **options)
-    for cell in solution.cells:
+    solution, bare = restore.reference(source), restore.reference(source)
+    for cell in bare.cells:
         if release.is_check(cell):
             cell.source = release.unmark(cell.source)
-    solution.cells.insert(0, new_code_cell(_LOOKS, id="looks"))
-    visible = run.solve(solution, seed=seed, sandbox=sandbox, **options)
+    bare.cells.insert(0, new_code_cell(_LOOKS, id="looks"))
+    with ThreadPoolExecutor(2) as both:
+        solve = partial(run.solve, seed=seed, sandbox=sandbox, **options)
+        solved, visible = both.map(solve, (solution, bare))
     open_ = {cell.id: result(cell)["values"] for cell in visible.cells if release.is_check(cell)}
     shown = {
         cell.id: _places(result(cell)["values"], open_[cell.id])
