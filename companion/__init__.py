@@ -7,6 +7,8 @@
     fine_tune()      from examples to a fine-tuning job, follow() to its model         companion.finetuning
     Sample, Score    a question with its answer, and how good a model's answer is      companion.evaluation
     evaluate()       samples put to a model and scored, compare() two such runs        companion.evaluation
+    companion.assistant  a conversation with a customer, whose course is held by code
+    companion.simulation simulated customers, judged by the database
     companion.shop   Fernway, the company of the course: its data, and in .systems its order systems
     companion.widgets  what is shown in Jupyter: the chat box, the token views
     companion.local  behind the wall: the OpenAI API on this machine

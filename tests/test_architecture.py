@@ -25,6 +25,8 @@ ALLOWED = {
     "companion.finetuning": {"companion.backend", "companion.dataset"},
     "companion.plots": {"companion.metrics"},
     "companion.shop.systems": {"companion.shop"},
+    "companion.assistant": {"companion.backend", "companion.retrieval", "companion.shop.systems"},
+    "companion.simulation": {"companion.shop", "companion.shop.systems"},
     "companion.comparison": {"companion.metrics"},
     "companion.evaluation_run": {"companion.backend", "companion.evaluation_log"},
     "companion.evaluation": {
