@@ -1,4 +1,4 @@
-"""Build the book: `python book/build.py OUT` makes OUT/index.html.
+"""Build the book: `python book/build.py OUT` makes OUT/index.html, and with --pdf a PDF of the whole.
 
 The pages show the outputs that are stored in the notebooks; nothing is executed. Each build starts from
 nothing, in a temporary folder, and takes the place of OUT only when it succeeded without a warning. An
@@ -15,6 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 BOOK = Path(__file__).resolve().parent
+sys.path.insert(0, str(BOOK / "_ext"))
+import printed  # noqa: E402
+
 CHAPTERS = BOOK.parent / "chapters"
 MARKER = ".gpt-at-work-book"
 
@@ -93,9 +96,15 @@ def swap(new: Path, out: Path, previous: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the book from the outputs stored in its notebooks.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the pages")
+    parser.add_argument("--pdf", action="store_true", help="print the book, too; needs a Chromium")
+    options = parser.parse_args()
     try:
-        html = build(parser.parse_args().out)
-    except (BuildError, OSError) as error:
+        if options.pdf:
+            printed.browser()
+        html = build(options.out)
+        if options.pdf:
+            print(printed.print_book(html))
+    except (BuildError, printed.PrintError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(html / "index.html")

@@ -28,10 +28,12 @@ def book(
         bool, typer.Option("--serve", help="Serve the pages on this machine and open the browser.")
     ] = False,
     port: Annotated[int, typer.Option(help="Port for --serve; 0 takes a free one.")] = 0,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Print the whole book, too; needs a Chromium.")] = False,
 ) -> None:
     """Build the HTML book from clean and say where its pages are."""
     script = _in_checkout("book/build.py")
-    if code := subprocess.run([sys.executable, str(script), str(out)]).returncode:
+    command = [sys.executable, str(script), str(out), *(["--pdf"] if pdf else [])]
+    if code := subprocess.run(command).returncode:
         raise SystemExit(code)
     if serve:
         _serve_pages(out, port)
