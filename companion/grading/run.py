@@ -39,7 +39,7 @@ TIMEOUT = 30.0  # seconds for a cell; a notebook has ten times as many in all
 MOST_OUTPUT = 16 << 20  # bytes of a cell's output, and of one message
 LARGEST_RESULT = 4 << 20  # bytes of the message that carries a result; checks.clean keeps to less
 DEEPEST_RESULT = 100  # levels of a result; checks.clean keeps to less
-CHUNK = 8  # notebooks in a job for an executor
+SESSION, CHUNK = 200, 8  # notebooks in a session here, since each worker keeps all; in one for an executor
 _SEED = "COMPANION_GRADING_SEED"
 _EXIT = "get_ipython().ask_exit = lambda: None"  # then exit() does nothing; otherwise it ends the kernel
 _FORMAT = 1  # of the result files: one of another format is run again
@@ -130,10 +130,12 @@ def run(
         todo = {name: text for name, text in texts.items() if _read(results / f"{name}.json") is None}
         if not todo:
             break
+        size = CHUNK if executor else SESSION
+        chunks = [dict(list(todo.items())[start : start + size]) for start in range(0, len(todo), size)]
         if executor is None:
-            _session(todo, results, folder / "junit.xml", **options)
+            for chunk in chunks:
+                _session(chunk, results, folder / "junit.xml", **options)
             continue
-        chunks = [dict(list(todo.items())[start : start + CHUNK]) for start in range(0, len(todo), CHUNK)]
         for done in as_completed([executor.submit(_remote, chunk, options) for chunk in chunks]):
             for name, text in done.result().items():
                 write(results / f"{name}.json", text)

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--submissions", type=int, default=20)
     parser.add_argument("--many", type=int, default=500)
     parser.add_argument(
-        "--exercise", default="09_is_it_better", choices=[p.stem for p in SOLUTIONS.glob("*.ipynb")]
+        "--exercise", default="03_pretraining", choices=[p.stem for p in SOLUTIONS.glob("*.ipynb")]
     )
     parser.add_argument("--nbgrader", default=os.environ.get("NBGRADER_PYTHON"))
     parser.add_argument("--otter", default=os.environ.get("OTTER_PYTHON"))
@@ -191,7 +191,9 @@ def otter(python: str, folder: Path, source: nbformat.NotebookNode, answers: lis
             cells += [new_code_cell(cell.source), new_raw_cell("# END TESTS"), new_raw_cell("# END QUESTION")]
         else:
             cells.append(new_code_cell(cell.source))
-    write(folder / "exercise.ipynb", new_notebook(cells=cells))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    made = new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    write(folder / "exercise.ipynb", made)
     run(python, "-m", "otter", "assign", "exercise.ipynb", "dist", "--no-run-tests", cwd=folder)
     [autograder] = (folder / "dist" / "autograder").glob("*.zip")
     given = nbformat.read(folder / "dist" / "student" / "exercise.ipynb", 4)
