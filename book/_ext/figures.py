@@ -1,7 +1,7 @@
 """Sphinx extension: every figure of the book on one page, as files for slides.
 
-The directive `figures` lists the figures that the notebooks hold, chapter by chapter, with their captions. Each is
-copied into `slides/` beside the pages, named by chapter and figure, and all together lie in `slides/figures.zip`.
+The directive `figures` lists the figures that the notebooks hold, chapter by chapter, with their captions.
+Each is copied into `slides/` beside the pages, named by chapter and figure; `slides/figures.zip` holds all.
 """
 
 import base64
