@@ -22,6 +22,7 @@ ALLOWED = {
     "companion.retrieval": {"companion.backend"},
     "companion.widgets": {"companion.backend", "companion.chat", "companion.retrieval"},
     "companion.checks": {"companion.backend"},
+    "companion.dataset": {"companion.dataset_format"},
     "companion.finetuning": {"companion.backend", "companion.dataset"},
     "companion.plots": {"companion.metrics"},
     "companion.shop.systems": {"companion.shop"},
@@ -47,7 +48,7 @@ ALLOWED = {
     "companion.local.responses": {"companion.local.wire", "companion.local.completions"},
     "companion.local.store": {"companion.local.weights"},
     "companion.local.files": {"companion.local.wire", "companion.local.store"},
-    "companion.local.supervisor": {"companion.local.store", "companion.dataset"},
+    "companion.local.supervisor": {"companion.local.store", "companion.dataset_format"},
     "companion.local.jobs": {
         "companion.local.wire",
         "companion.local.weights",

@@ -120,14 +120,14 @@ class Supervisor:
     # --- validation -----------------------------------------------------------------------------------------
 
     def _validate(self, job: dict) -> None:
-        from companion import dataset
+        from companion import dataset_format
 
         job_id, folder = job["id"], self.store.job_folder(job["id"])
         for param in ("training_file", "validation_file"):
             if job[param]:
                 message = f"Validating {_said(param)}: {job[param]}"
                 self.store.add_event(job_id, f"validating-{param}", message)
-                if problems := dataset.validate(_data(folder, param)):
+                if problems := dataset_format.validate(_data(folder, param)):
                     return self._fail(job_id, f"invalid_{param}", _summary(param, problems), param)
         with _data(folder, "training_file").open("rb") as lines:
             examples = sum(1 for _ in lines)
@@ -392,7 +392,7 @@ def _said(param: str) -> str:
 
 
 def _summary(param: str, problems: list) -> str:
-    from companion.dataset import MOST_PROBLEMS as most
+    from companion.dataset_format import MOST_PROBLEMS as most
 
     count, more = len(problems), len(problems) - NAMED_PROBLEMS
     named = "; ".join(map(str, problems[:NAMED_PROBLEMS])) + (f"; and {more} more" if more > 0 else "")
