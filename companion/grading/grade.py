@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import randbelow
 from typing import Any
@@ -148,25 +148,40 @@ def _measure(name: str, source: NotebookNode, **options: Any) -> Measure:
 
 @dataclass
 class _Filed:
-    """A learner's notebooks for an exercise; the newest counts."""
+    """A learner's notebooks for an exercise; the newest counts that holds an answer."""
 
     root: Path
     paths: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    counted: Path | None = None  # known when it is restored; before that, the newest
 
     @property
-    def path(self) -> Path | None:
-        return max(self.paths, key=lambda path: (path.lstat().st_mtime_ns, str(path)), default=None)
+    def newest_first(self) -> list[Path]:
+        return sorted(self.paths, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
 
     @property
     def file(self) -> str:
-        return _shown(self.path.relative_to(self.root)) if self.path else ""
+        path = self.counted or next(iter(self.newest_first), None)
+        return _shown(path.relative_to(self.root)) if path else ""
 
     def restored(self, source: NotebookNode) -> restore.Restored:
-        if self.path is None:
-            return restore.Restored(None, "not submitted", [])
+        first = None
+        for path in self.newest_first:
+            self.counted, found = path, self._restored(path, source)
+            if len(self.paths) == 1 or restore.is_work(found, source):
+                break
+            first = first or found
+        else:
+            self.counted = None
+            return first or restore.Restored(None, "not submitted", [])
+        if first:
+            note = f"No answer is in the newer one, so the newest with answers counts, {self.file}."
+            return replace(found, notes=[note, *found.notes])
+        return found
+
+    def _restored(self, path: Path, source: NotebookNode) -> restore.Restored:
         try:
-            content = collect.read(self.path, restore.LARGEST)
+            content = collect.read(path, restore.LARGEST)
         except OSError as error:
             return restore.Restored(None, "not submitted", [f"It cannot be read: {error.strerror or error}."])
         return restore.restore(content, source)

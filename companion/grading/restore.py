@@ -66,6 +66,19 @@ def restore(submission: bytes, source: NotebookNode) -> Restored:
     return Restored(notebook, "ok", notes)
 
 
+def is_work(found: Restored, source: NotebookNode) -> bool:
+    """Whether any answer is there, and not as it was handed out."""
+    if found.notebook is None:
+        return False
+    given = {
+        question.grade_id: release.unmark(question.answer.source) for question in release.questions(source)
+    }
+    answers = {cell.id: cell.source for cell in found.notebook.cells if release.is_answer(cell)}
+    return any(
+        text != NO_ANSWER and _squeeze(text) != _squeeze(given[name]) for name, text in answers.items()
+    )
+
+
 def recognise(submission: bytes, sources: Mapping[str, NotebookNode]) -> str | None:
     """The name of the exercise that a submission is, by its content; None where it is none of them."""
     try:

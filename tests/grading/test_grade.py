@@ -389,6 +389,25 @@ def test_of_a_named_and_an_unnamed_notebook_the_newest_counts(file):
     assert notes == ["It was submitted in 2 files; the newest counts, ada/new.ipynb."]
 
 
+def test_a_newer_file_without_an_answer_does_not_take_the_place_of_one_with_answers(course, tmp_path):
+    [source, *_] = grading._sources(course / "solutions").values()
+    paths = [tmp_path / name for name in ("01_tiny.ipynb", "01_tiny-Copy1.ipynb", "old.ipynb", "empty.ipynb")]
+    submit(paths[0], source)
+    submit(paths[1], source, double=RIGHT)
+    submit(paths[2], source, double=HARD_CODED)
+    paths[3].write_text("")
+    for path, age in zip(paths, (5, 5, 9, 1), strict=True):
+        os.utime(path, (10**9 - age, 10**9 - age))
+    work = grading._Filed(tmp_path, paths)
+    assert work.file == "empty.ipynb"
+    found = work.restored(source)
+    assert work.file == "01_tiny-Copy1.ipynb" and "counts, 01_tiny-Copy1.ipynb" in found.notes[0]
+    assert RIGHT in [cell.source for cell in found.notebook.cells]
+    work = grading._Filed(tmp_path, [paths[0], paths[3]])
+    assert work.restored(source).notes == ["The file cannot be graded: it is empty."]
+    assert work.file == "empty.ipynb"
+
+
 def test_a_file_that_is_none_of_the_exercises_is_a_note_of_the_learners(file, tmp_path):
     write(tmp_path / "bob" / "x.ipynb", new_notebook(cells=[new_code_cell("1")]))
     found, learners = file(("ada/01_tiny.ipynb", "01_tiny"))
