@@ -26,6 +26,7 @@ ALLOWED = {
     "companion.finetuning": {"companion.backend", "companion.dataset"},
     "companion.plots": {"companion.metrics"},
     "companion.shop.systems": {"companion.shop"},
+    "companion.shop.mcp_server": {"companion.shop", "companion.shop.systems"},
     "companion.assistant": {"companion.backend", "companion.retrieval", "companion.shop.systems"},
     "companion.simulation": {"companion.shop", "companion.shop.systems"},
     "companion.comparison": {"companion.metrics"},
@@ -78,6 +79,7 @@ ONLY = {
     "torch": {"companion.local.training"},
     "xllamacpp": {"companion.local.engine"},
     "pytest": {"companion.grading"},
+    "mcp": {"companion.shop.mcp_server"},
 }
 
 
