@@ -47,7 +47,7 @@ def grade(
     where it does not hold, and where another grader works on `out`.
     """
     submissions, out = Path(submissions), Path(out)
-    _check_folders(submissions, out)
+    _check_folders(submissions, out, Path(exercises) if sandboxed else None)
     sources = _sources(Path(exercises))
     filed, learners = _file(collect.collect(submissions, sources), sources, submissions)
     with _alone(out) as work:
@@ -94,7 +94,13 @@ def _sources(folder: Path) -> dict[str, NotebookNode]:
     return {file.stem: release.read(file) for file in files}
 
 
-def _check_folders(submissions: Path, out: Path) -> None:
+def _check_folders(submissions: Path, out: Path, exercises: Path | None) -> None:
+    """Raise ValueError where folders lie in one another. exercises: None where there is no sandbox."""
+    for folder in [exercises, submissions, out] if exercises else []:
+        if place := sandbox.shows(folder):
+            raise ValueError(
+                f"{folder} lies in {place}, which submissions can read: move it, or Python's environment"
+            )
     inner = submissions / "submitted"
     inner = (inner if inner.is_dir() and not inner.is_symlink() else submissions).resolve()
     if out.resolve().is_relative_to(inner):

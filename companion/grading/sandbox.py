@@ -333,13 +333,23 @@ def _in_memory(content: bytes) -> int:
 # The wall
 
 
+def shows(path: Path) -> Path | None:
+    """The folder with `path` in it that a kernel can read; None where there is none."""
+    path = Path(path).resolve()
+    return next((place for place in _folders() if path.is_relative_to(place.resolve())), None)
+
+
+def _folders(readable: Sequence[str] = ()) -> list[Path]:
+    package = Path(companion.__file__).parent
+    return [Path(path) for path in ("/usr", sys.prefix, sys.base_prefix, package, *readable)]
+
+
 def _wall(env: Mapping[str, str], readable: Sequence[str], given: Mapping[str, int], tell: int) -> list[str]:
     """The command that runs another one behind the wall.
 
     given: descriptors of the seccomp filter and the connection file. tell: one to write the process id to.
     """
-    package = Path(companion.__file__).parent
-    places = [Path(path) for path in ("/usr", sys.prefix, sys.base_prefix, package, *readable)]
+    places = _folders(readable)
     places += [Path(path) for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64")]
     places += [
         Path("/etc", name) for name in ("alternatives", "fonts", "ld.so.cache", "localtime", "mime.types")

@@ -336,6 +336,13 @@ def test_wrong_folders_are_named_before_anything_runs(course, submissions, out, 
     assert not (course / "out").exists()
 
 
+def test_solutions_that_a_kernel_could_read_are_refused(course, tmp_path, monkeypatch):
+    monkeypatch.setattr(grading.sandbox.sys, "prefix", str(course))  # python -m venv . in the course's folder
+    with pytest.raises(ValueError, match=r"solutions lies in .*, which submissions can read"):
+        grade(course / "submissions", tmp_path / "out", course / "solutions")
+    assert not (tmp_path / "out").exists()
+
+
 def test_submissions_of_nothing_that_is_known_are_refused(course, tmp_path):
     write(tmp_path / "subs" / "ada" / "x.ipynb", new_notebook(cells=[new_code_cell("1")]))
     with pytest.raises(ValueError, match=r"is one of 01_tiny, 02_other\. Is --exercises"):
