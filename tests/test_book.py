@@ -1,5 +1,6 @@
 """The built book: every page stands on its own, and the build refuses what would break it."""
 
+import json
 import re
 import shutil
 import sys
@@ -183,14 +184,114 @@ def test_formulas_are_set_at_build_and_carried_as_text_for_screen_readers(copy, 
     assert fonts and all((style.parent / font).is_file() for font in fonts)
 
 
+@pytest.mark.slow
+def test_each_quiz_question_has_options_one_of_them_right_and_a_reason_for_each(book):
+    found = 0
+    for page in CHAPTERS:
+        for quiz in read(book / f"{page}.html").select(".quiz"):
+            options = quiz.select(".quiz-option")
+            where = f"{page}: {quiz.select_one('.quiz-question').get_text()}"
+            assert 3 <= len(options) <= 4, where
+            assert sum("right" in option["class"] for option in options) == 1, where
+            assert all(len(option.select_one(".quiz-feedback p").get_text()) > 20 for option in options), (
+                where
+            )
+            found += 1
+    assert found >= 25
+
+
+@pytest.mark.slow
+def test_with_its_addresses_the_book_has_buttons_a_sitemap_and_a_card(copy, tmp_path):
+    publish = load("publish", copy / "book" / "publish.py")
+    assert publish.publish("https://github.com/you/course", copy) == len(
+        list((copy / "chapters").glob("*.ipynb"))
+    )
+    config = copy / "book" / "_config.yml"
+    text = config.read_text("utf-8")
+    config.write_text(text.replace('html_baseurl: ""', 'html_baseurl: "https://you.example/book"'), "utf-8")
+    html = build_module(copy).build(tmp_path / "html")
+    chapter = read(html / "01_what_is_chatgpt.html")
+    links = [link["href"] for link in chapter.select("a[href]")]
+    path = "you/course"
+    assert any(link.startswith("https://mybinder.org/v2/gh/" + path) for link in links)
+    assert any(link.startswith("https://colab.research.google.com/github/" + path) for link in links)
+    assert "find_spec" not in chapter.select_one("article").get_text()
+    assert "<loc>https://you.example/book/01_what_is_chatgpt.html</loc>" in (html / "sitemap.xml").read_text()
+    card = chapter.select_one('meta[property="og:image"]')["content"]
+    assert (
+        card.startswith("https://you.example/book/")
+        and (html / urlsplit(card).path.removeprefix("/book/")).is_file()
+    )
+
+
+def test_publishing_writes_a_first_cell_that_installs_and_takes_it_away_again(copy):
+    publish = load("publish", copy / "book" / "publish.py")
+    before = {file: file.read_text("utf-8") for file in (copy / "chapters").glob("*.ipynb")}
+    publish.publish("https://github.com/you/course", copy)
+    for file in before:
+        first = json.loads(file.read_text("utf-8"))["cells"][0]
+        assert "git+https://github.com/you/course" in "".join(first["source"])
+        assert {"remove-cell", "nbval-skip"} <= set(first["metadata"]["tags"])
+    publish.publish("", copy)
+    assert {file: json.loads(file.read_text("utf-8")) for file in before} == {
+        file: json.loads(text) for file, text in before.items()
+    }
+    with pytest.raises(ValueError, match="not a repository's address"):
+        publish.publish("github.com", copy)
+
+
+@pytest.mark.slow
+def test_without_an_address_no_page_offers_a_launch(book):
+    links = [link["href"] for page in PAGES for link in read(book / f"{page}.html").select("a[href]")]
+    assert not [link for link in links if "mybinder.org/v2" in link or "colab.research" in link]
+
+
+def test_an_adapter_is_added_to_the_weights_of_the_model_for_the_page(tmp_path):
+    gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    model = load("page_model", ROOT / "book" / "_ext" / "model.py")
+    random = np.random.default_rng(1)
+    kept, changed = random.normal(size=(4, 32)).astype("f4"), random.normal(size=(4, 32)).astype("f4")
+    a, b = random.normal(size=(2, 32)).astype("f2"), random.normal(size=(4, 2)).astype("f2")
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["one", "two"])
+    for name, data in (("kept.weight", kept), ("changed.weight", changed)):
+        small = gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q4_1)
+        writer.add_tensor(name, small, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    finish(writer)
+    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    writer.add_tensor("changed.weight.lora_a", a)
+    writer.add_tensor("changed.weight.lora_b", b)
+    finish(writer)
+    model.merge(tmp_path / "base.gguf", tmp_path / "adapter.gguf", tmp_path / "out.gguf")
+    base, out = gguf.GGUFReader(tmp_path / "base.gguf"), gguf.GGUFReader(tmp_path / "out.gguf")
+    assert out.fields["tokenizer.ggml.tokens"].contents() == ["one", "two"]
+    whole = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in [*base.tensors]}
+    found = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in out.tensors}
+    assert (found["kept.weight"] == whole["kept.weight"]).all()
+    expected = whole["changed.weight"] + 2.0 * (b.astype("f4") @ a.astype("f4"))
+    assert np.abs(found["changed.weight"] - expected).max() < np.abs(expected).max() / 100
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load(name, file):
+    spec = spec_from_file_location(name, file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def vendored(tmp_path, monkeypatch):
     """book/_ext/vendor.py with a home of its own, which holds nothing yet."""
     monkeypatch.setenv("COMPANION_HOME", str(tmp_path / "home"))
-    spec = spec_from_file_location("book_vendor", ROOT / "book" / "_ext" / "vendor.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("book_vendor", ROOT / "book" / "_ext" / "vendor.py")
 
 
 def test_what_is_altered_on_the_disk_is_fetched_again_and_never_used(vendored, tmp_path, monkeypatch):

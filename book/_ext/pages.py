@@ -231,6 +231,14 @@ def mend_body(soup):
             element["aria-label"] = name
             if element.name != "dialog":
                 element["role"] = "complementary"
+    for summary in soup.select("summary[aria-label]"):
+        del summary["aria-label"]
+    for element in soup.select(".citation-list[role], .citation[role]"):
+        del element["role"]
+    for table in soup.select("article table"):
+        if "pst-scrollable-table-container" not in table.parent.get("class", []):
+            table.wrap(soup.new_tag("div", attrs={"class": "pst-scrollable-table-container"}))
+        table.parent["tabindex"] = "0"  # where it is too wide it scrolls, by the keyboard, too
     for cell in soup.select("article thead th"):
         cell["scope"] = "col"
         if not cell.get_text(strip=True):

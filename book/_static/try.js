@@ -220,7 +220,7 @@
     }
     const choice = make("select", {}, ...beginnings.map((one) => make("option", {}, one.text)));
     const area = make("textarea", { rows: 2, spellcheck: "false" });
-    const list = make("ol", { class: "try-candidates" });
+    const list = make("ol", { class: "try-candidates", "aria-label": "The likeliest next tokens: a click appends one" });
     const said = make("p", { class: "try-said", role: "status" });
     let found = null;
     let ticket = 0;
@@ -237,7 +237,7 @@
         bar.style.setProperty("--share", share);
         bar.style.setProperty("--before", before);
         list.append(make("li", {}, make("button", {
-          type: "button", class: share ? "" : "try-out", "aria-label": `${visible(token)}, ${percent(share)}: append it`,
+          type: "button", class: share ? "" : "try-out",
           onclick: () => take(token, share),
         }, make("code", {}, visible(token)), bar, make("span", { class: "try-percent" }, percent(share)))));
       }
