@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from string import ascii_lowercase
 
 import openai
 import psutil
 import pytest
+from disks import fill, make_read_only, small_disk
 
 from companion import backend
 from companion.backend import CHAT_MODEL
+from companion.evaluation import Sample, evaluate
 from companion.local import process
 from companion.local.process import EndpointError
 
@@ -158,6 +161,49 @@ def test_a_disk_that_refuses_is_one_line(own_home, monkeypatch, number):
         process.ensure()
     assert "COMPANION_HOME" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("refuse", [lambda disk: fill(disk, 0), make_read_only], ids=["full", "read-only"])
+def test_a_home_on_a_disk_that_is_full_or_read_only_is_one_line(
+    companion_home, monkeypatch, tmp_path, refuse
+):
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "models").symlink_to(companion_home / "models")
+        monkeypatch.setenv("COMPANION_HOME", str(disk))
+        refuse(disk)
+        with pytest.raises(EndpointError) as refused:
+            backend.client()
+        assert str(disk) in str(refused.value)
+        assert "\n" not in str(refused.value)
+        assert process.running() is None
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_on_with_the_next_endpoint_when_its_own_is_killed(own_home):
+    samples = [Sample(f"Name a town that begins with {letter}.", id=letter) for letter in ascii_lowercase]
+    first, log = process.ensure(), own_home / "log.jsonl"
+
+    def kill() -> None:
+        assert comes_true(lambda: log.exists() and log.read_bytes().count(b"\n") > 4)
+        os.kill(first.pid, signal.SIGKILL)
+
+    def run():
+        def said(answer, sample):
+            return bool(answer.text)
+
+        return evaluate(CHAT_MODEL, samples, said, log=log, progress=False, concurrency=4, max_tokens=8)
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    found = run()
+    killing.join()
+    assert process.running().pid != first.pid
+    assert len(found) == len(samples)
+    assert len(found.failures) <= 4  # those that were with it
+    again = run()
+    assert again.failures.empty
+    kept = {record.sample.id: record.answer for record in found if not record.answer.error}
+    assert all(record.answer == kept.get(record.sample.id, record.answer) for record in again)
 
 
 def test_an_endpoint_that_cannot_start_says_why(own_home, monkeypatch):
