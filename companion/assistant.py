@@ -220,9 +220,11 @@ class Assistant:
         self.state, self.wish, self.token = "listening", None, None
         self.slots: dict[str, str] = {}
         self.transcript: list[dict[str, str]] = []
+        self._orders: list[str] = []
 
     def reply(self, text: str) -> str:
         """The answer to the customer's next message."""
+        text = text.encode("utf-8", "replace").decode()  # half a character would stop the database
         self.transcript.append({"role": "user", "content": text})
         answer = self._turn(text)
         if self.phrase and self.state == "listening":  # what is asked or proposed is never reworded
@@ -279,17 +281,16 @@ class Assistant:
                 self.state = "asking"
                 missing = "postcode or email address" if "order_id" in known else "order number and postcode"
                 return f"To find it I need your {missing}."
-            answer = self.desk.find_orders(**known)
-            if answer["status"] == "refused":
-                self.state = "asking"
-                for key in known:
-                    del self.slots[key]
-                return answer["reason"] if self.desk.customer_id is None else self._refused(answer)
+            answer = self.desk.call("find_orders", known)
+            if answer["status"] != "ok":
+                self._refused(answer)
+                self.slots, self.state = {}, "asking"
+                return answer["reason"] if answer["status"] == "refused" else _UNREAD
             self._orders = [order["order_id"] for order in answer["orders"]]
         if "order_id" not in self.slots:
-            if len(self._orders) > 1:
-                self.state = "asking"
-                return f"Which order do you mean: {', '.join(self._orders[:5])}? I need the order number."
+            if len(self._orders) != 1:
+                which = f": {', '.join(self._orders[:5])}" if self._orders else ""
+                return self._ask(f"Which order do you mean{which}? I need the order number.")
             self.slots["order_id"] = self._orders[0]
         return None
 
@@ -415,6 +416,8 @@ class Assistant:
 
     def _refused(self, answer):
         self._forget()
+        if answer["status"] == "invalid":
+            return _UNREAD
         return f"{answer['reason']} {_INSTEAD.get(answer.get('policy'), '')}".strip()
 
     def _hand_over(self, sign, text):
@@ -434,6 +437,7 @@ class Assistant:
 
 
 _OFFER = "I can look up a parcel, change, cancel or return an order, or answer a question. What do you need?"
+_UNREAD = "I could not read that. Please write it once more, in fewer words."
 _INSTEAD = {
     "order-changes": "You can refuse the delivery, or return it within 45 days.",
     "returns": "If you think that is wrong, I can ask a colleague to look at it.",

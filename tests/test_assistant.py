@@ -1,5 +1,7 @@
 """The assistant's course is held by code: who, what, is it agreed; and a simulated customer can tell."""
 
+import random
+
 import pytest
 
 from companion import shop, simulation
@@ -167,6 +169,47 @@ def test_a_stranger_learns_nothing(assistant):
 def test_a_refusal_comes_with_what_is_possible(assistant):
     answer = assistant.reply("cancel FW-10751, LL57 2DG")
     assert "packed" in answer and "refuse the delivery" in answer
+
+
+def test_a_desk_that_knows_its_customer_is_not_asked_again():
+    desk = Desk(shop.database())
+    desk.find_orders(order_id="FW-10768", postcode="NR2 3TT")
+    assistant = Assistant(desk, by_words)
+    assert "order number" in assistant.reply("cancel it")
+    assert "Shall I" in assistant.reply("10768")
+    desk.connection.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_message_breaks_it_and_nothing_is_done_without_a_yes(assistant, seed):
+    rng = random.Random(seed)
+    before = simulation.state(assistant.desk.connection)
+    pieces = [
+        "cancel",
+        "FW-10768",
+        "NR2 3TT",
+        "where",
+        "return",
+        "size",
+        "M",
+        "address",
+        "1 A Road, B NR1 1AA",
+    ]
+    pieces += [
+        "no",
+        "a@b.example",
+        "x" * 300 + "@b.example",
+        "\ud800",
+        "\0",
+        "",
+        "?",
+        "lost refund",
+        "'; DROP TABLE",
+    ]
+    for _ in range(60):
+        answer = assistant.reply(" ".join(rng.choices(pieces, k=rng.randint(0, 5))))
+        assert answer and "Traceback" not in answer
+    assert simulation.state(assistant.desk.connection) == before
 
 
 def test_danger_stops_everything_even_in_the_middle(assistant):
