@@ -11,6 +11,7 @@ import builtins
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -130,7 +131,7 @@ def run(
         todo = {name: text for name, text in texts.items() if _read(results / f"{name}.json") is None}
         if not todo:
             break
-        size = CHUNK if executor else SESSION
+        size = CHUNK if executor else math.ceil(len(todo) / math.ceil(len(todo) / SESSION))  # even parts
         chunks = [dict(list(todo.items())[start : start + size]) for start in range(0, len(todo), size)]
         if executor is None:
             for chunk in chunks:
