@@ -1134,14 +1134,14 @@ gateway.serve(token="a-token", shared=False)
 """
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_leaves_while_the_engine_starts_frees_its_slot(streamed):
+def test_a_client_that_leaves_while_the_engine_starts_frees_its_slot():
     with subprocess.Popen([sys.executable, "-c", SLOW_START], stdout=subprocess.PIPE, text=True) as gateway:
         try:
             address = gateway.stdout.readline().strip().partition("=")[2]
             own = process.Endpoint(address, "a-token", gateway.pid)
             client = openai.OpenAI(base_url=address, api_key=own.token, max_retries=0)
-            leaves(client, streamed)
+            for streamed in (True, False):
+                leaves(client, streamed)
             assert not engines(own)
             assert comes_true(lambda: engines(own))
             assert chat(client, max_tokens=1).choices

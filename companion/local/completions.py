@@ -29,7 +29,7 @@ LONGEST_ANSWER = 1024  # tokens, where the request sets no limit: a small model 
 
 # Reading an event costs a client about as much processor time as some of its tokens took. So one event holds
 # what was written within PAUSE seconds for each open stream, and at most within LONGEST_PAUSE.
-PAUSE, LONGEST_PAUSE = 0.025, 0.2
+PAUSE, LONGEST_PAUSE = 0.04, 0.2
 TEXT = b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"'  # how llama.cpp's events of text
 TEXT_END = b'"}}],"created":'  # begin and go on after the text, in which every quotation mark is escaped
 
