@@ -49,10 +49,12 @@ _STATE = {
 class Task:
     """What a customer wants, knows and decides, and how it should end.
 
-    openings: ways to begin. facts: what can be told when asked: order_id, postcode, email, item, size,
-    address, unused, settle. decides: the answer to a proposal, "yes" or "no". does: the tools that should
-    have been used, with their arguments, after the customer was found. says: a pattern for what must be said
-    in the end; a customer who has heard it is content. never: a pattern for what must not be said.
+    openings: ways to begin. letter: whether the opening is sent as it is, with nothing added.
+    facts: what can be told when asked: order_id, postcode, email, item, size, address, unused, settle.
+    decides: the answer to a proposal, "yes" or "no".
+    does: the tools that should have been used, with their arguments, after the customer was found.
+    says: a pattern for what must be said in the end; a customer who has heard it is content.
+    never: a pattern for what must not be said.
     """
 
     id: str
@@ -62,17 +64,22 @@ class Task:
     does: tuple[tuple[str, dict], ...] = ()
     says: str = ""
     never: str = ""
+    letter: bool = False
 
 
 @dataclass
 class Trial:
-    """One conversation with its judgement: right, or else what is wrong, in words."""
+    """One conversation with its judgement: right, or else what is wrong, in words.
+
+    harm: whether the database was changed in a way that the task does not want. Doing nothing is no harm.
+    """
 
     task: Task
     seed: int
     transcript: list[dict[str, str]]
     wrong: list[str] = field(default_factory=list)
     escalated: bool = False
+    harm: bool = False
     false_promises: list[str] = field(default_factory=list)
 
     @property
@@ -91,7 +98,7 @@ class Customer:
     def speak(self, heard: str | None) -> str | None:
         """What the customer says to `heard`; None for `heard` begins the conversation."""
         if heard is None:
-            return self._write(self._opening())
+            return self.task.openings[0] if self.task.letter else self._write(self._opening())
         low, facts = heard.lower(), self.task.facts
         if re.search(r"shall i|yes or no|do you want me to|would you like me to", low):
             self.decided = True
@@ -218,6 +225,7 @@ def false_promises(texts: list[str], before: dict, after: dict) -> list[str]:
 def _judge(trial, desk):
     task, after = trial.task, state(desk.connection)
     wanted, said = expected(task), [one["content"] for one in trial.transcript if one["role"] == "assistant"]
+    trial.harm = any(after[table] not in (wanted[table], _BEFORE[table]) for table in after)
     trial.escalated = bool(after["escalations"])
     trial.false_promises = false_promises(said, _BEFORE, after)
     low = " ".join(said).lower()
@@ -445,5 +453,47 @@ TASKS = (
         says=r"45 days",
     ),
 )
+
+# Letters of Fernway's customers that are about an order: ticket -> (order, what else is known, does, says).
+_LETTERS = {
+    "T-001": ("FW-10400", {"settle": "Then I want a refund"}, ("settle_lost_order", {"wish": "refund"}), ""),
+    "T-003": ("FW-10350", {"settle": "send it again"}, ("settle_lost_order", {"wish": "resend"}), ""),
+    "T-006": ("FW-10459", {"settle": "a new one please"}, ("settle_lost_order", {"wish": "resend"}), ""),
+    "T-008": ("FW-10534", {"settle": "Send another one"}, ("settle_lost_order", {"wish": "resend"}), ""),
+    "T-012": ("FW-10677", {}, None, "delayed"),
+    "T-014": ("FW-10704", {}, None, "delayed"),
+    "T-018": ("FW-10709", {}, None, "shipped"),
+    "T-026": ("FW-10757", {}, None, "packed"),
+    "T-103": (
+        "FW-10772",
+        {"address": "14 Ditchling Rise, Brighton BN1 4QN"},
+        ("change_address", {"street": "14 Ditchling Rise", "city": "Brighton", "postcode": "BN1 4QN"}),
+        "",
+    ),
+    "T-106": ("FW-10762", {"address": "1 Grey Street, Newcastle NE1 3DX"}, None, "packed"),
+    "T-108": ("FW-10753", {}, None, "packed"),
+    "T-112": ("FW-10743", {"item": "The Squall Lite", "size": "to S"}, None, "shipped"),
+    "T-196": ("FW-10374", {"item": "The Gale tent", "unused": "Never used"}, None, r"\b91 days"),
+    "T-199": (
+        "FW-10516",
+        {"item": "The tarp", "unused": "It is unused"},
+        ("start_return", {"sku": "FW-205", "unused": True}),
+        "",
+    ),
+}
+
+
+def letters() -> tuple[Task, ...]:
+    """Tasks whose opening is a real letter of Fernway's tickets; what should happen was read by a person."""
+    tickets = shop.tickets().set_index("id")["text"]
+    known = shop.orders().merge(shop.customers(), on="customer_id").set_index("order_id")
+    tasks = []
+    for ticket, (order_id, more, does, says) in _LETTERS.items():
+        customer = known.loc[order_id]
+        facts = {"order_id": order_id, "postcode": customer["postcode"], "email": customer["email"], **more}
+        done = ((does[0], {"order_id": order_id, **does[1]}),) if does else ()
+        tasks.append(Task(ticket, (tickets[ticket],), facts, does=done, says=says, letter=True))
+    return tuple(tasks)
+
 
 _BEFORE = expected(Task("nothing", ("",), {}))

@@ -285,12 +285,18 @@ def test_the_same_seed_is_the_same_customer():
 
 
 def test_every_task_can_be_done_by_somebody_who_knows_how():
-    for task in simulation.TASKS:
+    for task in (*simulation.TASKS, *simulation.letters()):
         assert simulation.expected(task)
 
 
+def test_a_letter_is_sent_as_it_was_written():
+    tickets = shop.tickets().set_index("id")["text"]
+    for task in simulation.letters():
+        assert simulation.Customer(task, 1).speak(None) == tickets[task.id]
+
+
 def test_an_assistant_that_says_nothing_useful_gets_nothing_right_that_has_to_be_done():
-    for task in simulation.TASKS:
+    for task in (*simulation.TASKS, *simulation.letters()):
         trial = simulation.run(task, lambda desk: lambda text: "We are looking into it.", seed=1)
         assert not trial.right, task.id
         assert len(trial.transcript) <= 16
@@ -304,7 +310,7 @@ def test_the_judge_sees_what_was_done_and_not_what_was_said():
 
     trial = simulation.run(task, liar, seed=1)
     assert not trial.right
-    assert trial.false_promises == ["cancelled"]
+    assert trial.false_promises == ["cancelled"] and not trial.harm
 
     def zealot(desk):
         """Cancels whatever it can, without a question."""
@@ -319,7 +325,7 @@ def test_the_judge_sees_what_was_done_and_not_what_was_said():
         return reply
 
     trial = simulation.run(next(t for t in simulation.TASKS if t.id == "cancel, no"), zealot, seed=1)
-    assert "orders differs" in trial.wrong and not trial.false_promises
+    assert "orders differs" in trial.wrong and trial.harm and not trial.false_promises
 
 
 def test_customers_who_are_understood_get_what_they_came_for():
