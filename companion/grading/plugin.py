@@ -61,6 +61,7 @@ class GradedNotebook(IPyNbFile):
             yield made
         self.graded = [cell.metadata.get("nbgrader", {}).get("grade_id") for cell in cells]
         self.sources = [cell.source for cell in cells]
+        self.learners = {number for number, cell in enumerate(cells) if not is_check(cell)}
 
     def setup(self) -> None:
         """Get ready; a kernel is started when the first cell needs it."""
@@ -76,7 +77,7 @@ class GradedNotebook(IPyNbFile):
         def start() -> run.Kernel:
             return run.Kernel(specs, self.place.name, cpu)
 
-        self.replay = run.Replay(self.sources, start, self.config.option.nbval_cell_timeout)
+        self.replay = run.Replay(self.sources, start, self.config.option.nbval_cell_timeout, self.learners)
 
     def teardown(self) -> None:
         """End the kernel, and write the outcomes if they are complete."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +43,24 @@ DEEPEST_RESULT = 100  # levels of a result; checks.clean keeps to less
 SESSION, CHUNK = 200, 8  # notebooks in a session here, since each worker keeps all; in one for an executor
 _SEED = "COMPANION_GRADING_SEED"
 _EXIT = "get_ipython().ask_exit = lambda: None"  # then exit() does nothing; otherwise it ends the kernel
-_FORMAT = 1  # of the result files: one of another format is run again
+# What a cell defines counts even if another line of it stops here, as `drive.mount()` or `input()` does.
+_DEFINE = """
+def _define(code):
+    import ast
+    shell = get_ipython()
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign
+    for node in ast.parse(shell.transform_cell(code)).body:
+        if isinstance(node, kinds):
+            try:
+                exec(compile(ast.Module([node], []), "<answer>", "exec"), shell.user_ns)
+            except Exception:
+                pass
+try:
+    _define(CODE)
+except (SyntaxError, ValueError, RecursionError, MemoryError):
+    pass
+"""
+_FORMAT = 2  # of the result files: one of another format is run again
 
 
 @dataclass(frozen=True)
@@ -301,10 +318,18 @@ class Replay:
 
     A kernel that died or had to be killed takes the learner's functions with it. So a fresh one first runs
     again all cells before that had ended by themselves; the cell that did not is left out.
+
+    learners: which cells are the learner's: what they define counts even if they raise.
     """
 
-    def __init__(self, sources: Sequence[str], start: Callable[[], "Kernel"], timeout: float) -> None:
-        self.sources, self.start, self.timeout = sources, start, timeout
+    def __init__(
+        self,
+        sources: Sequence[str],
+        start: Callable[[], "Kernel"],
+        timeout: float,
+        learners: Collection[int] = (),
+    ) -> None:
+        self.sources, self.start, self.timeout, self.learners = sources, start, timeout, learners
         self.left = 10 * timeout  # seconds for the whole notebook
         self.outcomes: list[Outcome] = []
         self.ended: list[int] = []  # cells to run again in a fresh kernel
@@ -359,7 +384,12 @@ class Replay:
     def _timed(self, number: int) -> Outcome:
         began = time.monotonic()
         try:
-            return self.kernel.execute(self.sources[number], self.timeout)
+            outcome = self.kernel.execute(self.sources[number], self.timeout)
+            if outcome.status == "error" and number in self.learners:
+                code = _DEFINE.replace("CODE", json.dumps(self.sources[number]))
+                defined = self.kernel.execute(code, self.timeout)
+                return outcome if defined.status in ("ok", "error") else defined
+            return outcome
         finally:
             self.left -= time.monotonic() - began
 

@@ -151,7 +151,8 @@ def a(n):
 """
 
 # Honest, and clumsy.
-HIDES = """list = sum = len = [1, 2]
+HIDES = """from numpy import *
+list = sum = len = [1, 2]
 max, range, zip, isinstance = 0, "a-z", None, False
 def a(n):
     return n + 97
@@ -185,6 +186,15 @@ client = companion.client()
 def a(n):
     return n + 97
 print(a(int(input("a number, please: "))))
+"""
+# What works on the learner's machine, and not here.
+ELSEWHERE = """from google.colab import drive
+drive.mount("/content/drive")
+SUMMAND = 97
+number = int(input("a number, please: "))
+def a(n):
+    return n + SUMMAND
+print(a(number))
 """
 ASKS_THE_MODEL = """import companion
 client = companion.client().with_options(max_retries=0)
@@ -285,7 +295,7 @@ SUBMISSIONS = {
     "killed in the check": ("import os\ndef a(n): os._exit(3)", [0, 2], {"check-a": "died"}),
     "killed later": (LATER, [0, 2], {"a": "died"}),
     "crash": ("import ctypes\ndef a(n): ctypes.string_at(0)", [0, 2], {"check-a": "died"}),
-    "deep crash": ("exec('(' * 10**6)\ndef a(n): return n + 97", [0, 2], {"a": "error"}),
+    "deep crash": ("exec('(' * 10**6)\ndef a(n): return n + 97", [2, 2], {"a": "error"}),
     "flood": ("def a(n):\n    while True: print('x' * 1000, flush=True)", [0, 2], {"check-a": FLOOD}),
     "one large message": (
         f"from IPython.display import display\ndef a(n): display({{{MIME!r}: 'x' * (70 << 20)}}, raw=True)",
@@ -305,6 +315,7 @@ SUBMISSIONS = {
     "hides builtins": (HIDES, [2, 2], {}),
     "own test fails": (RAISES_LATER, [2, 2], {"a": "error"}),
     "asks the learner": (ASKS, [2, 2], {"a": "error"}),
+    "works elsewhere": (ELSEWHERE, [2, 2], {"a": "error"}),
     "asks the model": (ASKS_THE_MODEL, [2, 2], {"a": "error"}),
     "prints much": ("def a(n):\n    print('x' * 1_000_000)\n    return n + 97", [2, 2], {}),
     "shadows the check": ("check = draw = values = None\ndef a(n): return n + 97", [2, 2], {}),
@@ -527,6 +538,13 @@ def test_a_cell_that_kills_the_kernel_later_is_found_and_left_out():
 def test_a_notebook_has_its_time_and_what_comes_after_is_not_run():
     statuses, _ = replayed("set up", *["timeout"] * 3, "b", takes=0.2, timeout=0.05)
     assert statuses == ["ok", "timeout", "timeout", "timeout", "not run"]
+
+
+def test_what_a_learners_cell_defines_counts_even_if_it_raises_and_a_check_cell_is_left_alone():
+    log = []
+    replay = Replay(["error a", "error b"], lambda: Script(log), 10, learners={0})
+    assert [replay.outcome(number).status for number in range(2)] == ["error", "error"]
+    assert [code for code in log if "error a" in code][1:] and "_define" in log[1] and log[2:] == ["error b"]
 
 
 def test_cells_before_one_that_is_asked_for_are_run_first():
