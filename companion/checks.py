@@ -29,6 +29,7 @@ from typing import Any
 MIME = "application/vnd.companion.result+json"
 LONGEST_TEXT, LONGEST_LIST, MOST_VALUES, DEEPEST = 10_000, 1_000, 10_000, 40
 _SHOWN = 300  # characters of a value, in what the learner reads
+_SEED = os.environ.get("COMPANION_GRADING_SEED", "")  # now: a learner's code may change the environment later
 
 Request = dict[str, Any]
 Answer = str | dict[str, float]
@@ -263,7 +264,7 @@ def drawn(name: str) -> random.Random:
     and with the environment's COMPANION_GRADING_SEED, which a grader sets anew for each grading; without
     that, the inputs are always the same.
     """
-    return random.Random(f"{os.environ.get('COMPANION_GRADING_SEED', '')}:{name}")
+    return random.Random(f"{_SEED}:{name}")
 
 
 # The model

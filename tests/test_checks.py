@@ -9,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 
+from companion import checks
 from companion.checks import LONGEST_TEXT, MIME, Check, clean, difference, drawn, scripted
 
 
@@ -281,18 +282,18 @@ def inputs(name):
 
 
 def test_hidden_inputs_are_the_same_for_the_same_cell_and_seed_and_differ_otherwise(monkeypatch):
-    monkeypatch.delenv("COMPANION_GRADING_SEED", raising=False)
+    monkeypatch.setattr(checks, "_SEED", "")
     assert inputs("a") == inputs("a") != inputs("b")
     unseeded = inputs("a")
-    monkeypatch.setenv("COMPANION_GRADING_SEED", "1")
+    monkeypatch.setattr(checks, "_SEED", "1")
     seeded = inputs("a")
     assert seeded == inputs("a") != unseeded
-    monkeypatch.setenv("COMPANION_GRADING_SEED", "2")
+    monkeypatch.setattr(checks, "_SEED", "2")
     assert inputs("a") not in (seeded, unseeded)
 
 
 def test_hidden_inputs_are_the_same_on_every_machine(monkeypatch):
-    monkeypatch.setenv("COMPANION_GRADING_SEED", "7")
+    monkeypatch.setattr(checks, "_SEED", "7")
     assert drawn("check-shout").randint(1, 10**6) == 810813
 
 

@@ -111,13 +111,6 @@ def course(tmp_path_factory):
     return folder
 
 
-def command(*arguments):
-    code = "from companion.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, "grade", *map(str, arguments)], capture_output=True, text=True
-    )
-
-
 @pytest.fixture(scope="module")
 def walled():
     """Without bubblewrap these tests are skipped or fail, as asked."""
@@ -282,12 +275,23 @@ def test_other_company_order_and_number_of_workers_change_no_byte(course, grades
     assert all(page(out, name) == page(grades, name) for name in (CMD, "ada"))
 
 
-def test_a_second_grader_on_the_same_folder_is_refused_in_one_line(course, grades):
+def test_a_second_grader_on_the_same_folder_is_refused_in_one_line(course, grades, monkeypatch):
     before = written(grades)
-    with filelock.FileLock(grades / ".work" / "lock", timeout=0):
-        done = command(course / "submissions", "--out", grades, "--exercises", course / "solutions")
-    assert done.returncode == 1
-    assert done.stderr == f"companion: another grader works on {grades}: wait for it, or give another --out\n"
+    words = [
+        "companion",
+        "grade",
+        course / "submissions",
+        "--out",
+        grades,
+        "--exercises",
+        course / "solutions",
+    ]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with filelock.FileLock(grades / ".work" / "lock", timeout=0), pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (
+        end.value.code == f"companion: another grader works on {grades}: wait for it, or give another --out"
+    )
     assert written(grades) == before
 
 

@@ -157,6 +157,13 @@ max, range, zip, isinstance = 0, "a-z", None, False
 def a(n):
     return n + 97
 """
+CLEARS = """import os, sys
+os.environ.clear()
+sys.stdout.close()
+sys.settrace(lambda *_: None)
+def a(n):
+    return n + 97
+"""
 TOOLS = """%pip install colorama
 %matplotlib inline
 %pdb on
@@ -325,7 +332,8 @@ SUBMISSIONS = {
     "mimebundle": (MIMEBUNDLE, [0, 0], {}),
     "frames": (FRAMES, [0, 2], {}),
     "forges replies": (REPLIES, [0, 0], dict.fromkeys(["a", "check-a", "b", "check-b"], "error")),
-    "another seed": (SEED_AGAIN, [0, 0], {}),
+    "another seed": (SEED_AGAIN, [0, 2], {}),
+    "clears its environment": (CLEARS, [2, 2], {}),
     "stops itself": (STOPS, [0, 2], {"check-a": "timeout"}),
     "kills all that it sees": (PACKAGE, [0, 2], {"a": "died"}),
     "memory in parts": (FAMILY, [0, 2], {"a": ("died", "timeout")}),
