@@ -263,6 +263,10 @@ def test_a_lost_parcel_is_refunded_or_sent_again(connection):
     done = desk.confirm(token=desk.settle_lost_order(order_id=other, wish="resend")["token"])
     assert done["status"] == "done"
     assert desk.order_status(order_id=other)["order"]["status"] == "processing"
+    connection.execute("UPDATE orders SET status = 'lost' WHERE order_id = ?", (other,))  # once more
+    connection.commit()
+    assert desk.settle_lost_order(order_id=other, wish="resend")["policy"] == "tracking"
+    assert desk.settle_lost_order(order_id=other, wish="refund")["status"] == "proposed"
     desk = known(connection, DELAYED)
     assert desk.settle_lost_order(order_id=DELAYED, wish="refund")["policy"] == "tracking"
 
@@ -283,6 +287,8 @@ def test_a_refund_above_150_pounds_waits_for_a_signature(connection, order_id, a
         else desk.settle_lost_order(order_id=order_id, wish="refund")
     )
     assert desk.confirm(token=proposal["token"])["state"] == "waits for a signature"
+    waiting = "cancelled" if order_id == DEAR else "lost"
+    assert desk.order_status(order_id=order_id)["order"]["status"] == waiting
     assert desk.settle_lost_order(order_id=order_id, wish="resend")["status"] == "refused"
     with pytest.raises(ValueError, match="signature"):
         desk.sign(order_id, by=" ")
