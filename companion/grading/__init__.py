@@ -1,1 +1,1 @@
-"""An instructor's side: learners' notebooks are made from their solutions here, and checked against them."""
+"""From solutions to the notebooks that learners get, and from submissions to a gradebook."""
