@@ -1,5 +1,5 @@
 """The trainer. Most tests train a model of two layers with random weights and the first words of the real
-vocabulary; the slow ones compare the real model with PEFT and llama.cpp.
+vocabulary; some compare the real model with PEFT and llama.cpp. All load torch, and so all are slow tests.
 """
 
 import copy
@@ -22,6 +22,7 @@ from companion import shop
 from companion.local import completions, weights, wire
 from companion.local.engine import CONTEXT, Engine
 
+pytestmark = pytest.mark.slow
 MODEL = "smollm2-135m-instruct"
 WORDS = 1024  # of the vocabulary, in the small model
 SIZES = {"block_count": 2, "embedding_length": 64, "feed_forward_length": 128, "context_length": 2048}
@@ -710,7 +711,6 @@ def test_a_failed_job_ends_with_the_error_and_status_1(start, tmp_path):
     assert error["message"].startswith("The training file has line 5: ")
 
 
-@pytest.mark.slow
 def test_a_trainer_killed_at_any_moment_ten_times_ends_as_one_that_was_not(start, train, tmp_path):
     undisturbed = make_job(tmp_path / "undisturbed", n_epochs=40)
     assert train(undisturbed)
@@ -778,7 +778,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_the_adapter_says_the_same_in_peft_and_in_llama(trained):
     import httpx
     import torch
@@ -817,7 +816,6 @@ def test_the_adapter_says_the_same_in_peft_and_in_llama(trained):
     )  # 24 steps teach the form, not yet each answer
 
 
-@pytest.mark.slow
 def test_training_on_the_longest_examples_takes_less_than_3_gb(tmp_path, encoder):
     ids = encoder.tokenizer.encode(" ".join(shop.tickets("train").text)).ids
 
