@@ -13,6 +13,7 @@ does nothing else.
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 from nbformat.v4 import new_code_cell, new_notebook, new_raw_cell
 
@@ -86,8 +88,18 @@ def compare(folder: Path, given: argparse.Namespace) -> None:
     if given.otter:
         seconds["otter run"] = otter(given.otter, folder / "otter", source, answers)
     for name, taken in seconds.items():
-        ratio = "" if not given.nbgrader else f", {taken / seconds['nbgrader autograde']:.2f} of nbgrader's"
-        print(f"{name:24} {taken / given.submissions:6.2f} s a submission{ratio}", flush=True)
+        wall, used = taken / given.submissions
+        print(f"{name:24} {wall:6.2f} s a submission, {used:6.2f} s of the processor's", flush=True)
+        if given.nbgrader:
+            print(
+                "{:24} {:6.2f} of nbgrader's     {:6.2f}".format("", *taken / seconds["nbgrader autograde"])
+            )
+
+
+def clock() -> np.ndarray:
+    """Seconds now: of the clock, and of the processor, in processes that this one started and that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return np.array([time.perf_counter(), used.ru_utime + used.ru_stime])
 
 
 def submitted(source: nbformat.NotebookNode, number: int):
@@ -116,10 +128,10 @@ def write(file: Path, notebook: nbformat.NotebookNode) -> None:
     nbformat.write(notebook, file)
 
 
-def grade(submissions: Path, out: Path, exercises: Path, **options) -> tuple[float, dict, list]:
-    """Seconds, the most memory that was used at a time, in bytes, and the grader's own over time."""
+def grade(submissions: Path, out: Path, exercises: Path, **options) -> tuple[np.ndarray, dict, list]:
+    """Seconds as `clock` counts them, the most memory at a time, in bytes, and the grader's own over time."""
     options = json.dumps({"seed": SEED, **options})
-    begun = time.perf_counter()
+    begun = clock()
     process = psutil.Popen([sys.executable, "-c", GRADE, submissions, out, exercises, options])
     peak, over_time = {"grader": 0, "kernels": 0}, []
 
@@ -134,7 +146,7 @@ def grade(submissions: Path, out: Path, exercises: Path, **options) -> tuple[flo
     watcher.start()
     if process.wait():
         raise SystemExit("the grader failed")
-    taken = time.perf_counter() - begun
+    taken = clock() - begun
     watcher.join()
     return taken, peak, over_time
 
@@ -164,18 +176,18 @@ def run(python: str, *words, cwd: Path) -> None:
         raise SystemExit(f"{' '.join(map(str, words))}: {(done.stdout + done.stderr)[-3000:]}")
 
 
-def nbgrader(python: str, folder: Path, places: list[Path], exercise: str) -> float:
+def nbgrader(python: str, folder: Path, places: list[Path], exercise: str) -> np.ndarray:
     """Seconds that `nbgrader autograde` takes for all."""
     (folder / "source" / exercise).mkdir(parents=True)
     shutil.copy(places[2] / f"{exercise}.ipynb", folder / "source" / exercise)
     shutil.copytree(places[0], folder / "submitted")
     run(python, "-m", "nbgrader", "generate_assignment", exercise, "--create", cwd=folder)
-    begun = time.perf_counter()
+    begun = clock()
     run(python, "-m", "nbgrader", "autograde", exercise, "--create", cwd=folder)
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
-def otter(python: str, folder: Path, source: nbformat.NotebookNode, answers: list) -> float:
+def otter(python: str, folder: Path, source: nbformat.NotebookNode, answers: list) -> np.ndarray:
     """Seconds that `otter run` takes for all, in otter's own format of the same exercise."""
     config = "# ASSIGNMENT CONFIG\nfiles: []\nrun_tests: false\nexport_cell: false\ncheck_all_cell: false"
     cells = [new_raw_cell(config)]
@@ -205,11 +217,11 @@ def otter(python: str, folder: Path, source: nbformat.NotebookNode, answers: lis
         for place, code in zip(stubs, codes, strict=True):
             given.cells[place].source = code
         write(folder / f"learner-{number:03}" / "exercise.ipynb", given)
-    begun = time.perf_counter()
+    begun = clock()
     for number in range(len(answers)):
         here = folder / f"learner-{number:03}"
         run(python, "-m", "otter", "run", "-a", autograder, "-o", here, here / "exercise.ipynb", cwd=here)
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def drift(folder: Path, number: int) -> None:
@@ -250,7 +262,7 @@ def drift(folder: Path, number: int) -> None:
     part = len(ends) // 5
     first, last = ends[part] - ends[0], ends[-1] - ends[-1 - part]
     print(
-        f"{number} submissions: {taken / number:.2f} s each; {earned:g} points where {expected} were earned"
+        f"{number} submissions: {taken[0] / number:.2f} s each; {earned:g} points of {expected} that were due"
     )
     print(f"throughput of the last fifth / of the first: {first / last:.2f}")
     fifth = len(over_time) // 5
