@@ -2,7 +2,7 @@
 
 Any program that speaks the Model Context Protocol can start it, list its tools and call them. One process is
 one case at the support desk, on a database of its own that ends with it. The tools and their rules are those
-of `companion.shop.systems`; this module only translates. It needs the package `mcp` (the extra "mcp").
+of `companion.shop.systems`; this module only translates. It needs the package `mcp` (the extra "book").
 
 What it does not do: authenticate the program that started it, which could run any other program as well; or
 ask a person. A client that shows the tools to a model should ask its user before it calls a tool that is not
