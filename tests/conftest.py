@@ -1,18 +1,40 @@
 """One endpoint for the whole test run, in a home of its own; the model files come from the user's cache.
 
 What a test run does to its home (logs, locks, the endpoint's file) does not touch the user's.
+
+With `-n 2 --dist loadgroup` the tests that ask the model run in one process, and the others in the other.
 """
+
+import os
 
 import pytest
 
 from companion.local import process, weights
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        fixtures = set(item.fixturenames)
+        asks_the_model = fixtures & {"client", "own_home"} and "endpoint" not in fixtures
+        item.add_marker(pytest.mark.xdist_group("model" if asks_the_model else item.module.__name__))
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads that wait for each other in a loop would keep the other process's work from the processor.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def companion_home(tmp_path_factory):
     """COMPANION_HOME for this run; models are linked in, so that nothing is fetched twice."""
     files = [weights.path(name) for name in weights.MODELS]
+    fetched = weights.home() / "vendor"  # what the book's pages take from npm
+    fetched.mkdir(parents=True, exist_ok=True)
     home = tmp_path_factory.mktemp("home")
+    (home / "vendor").symlink_to(fetched)
     (home / "models").mkdir()
     for file in files:
         (home / "models" / file.name).symlink_to(file)
