@@ -357,15 +357,36 @@ def _needs(module: str, extra: str) -> None:
         raise ValueError(f"{module} is not installed: run `pip install -e '.[{extra}]'`")
 
 
-def _serve_pages(pages: Path, port: int) -> None:
+def page_server(pages: Path, port: int = 0):
+    """A server of the folder `pages` on this machine; text goes out compressed, as from any host."""
+    import gzip
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from io import BytesIO
 
-    class Quiet(SimpleHTTPRequestHandler):
+    class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(Quiet, directory=str(pages))) as server:
+        def send_head(self):
+            file = Path(self.translate_path(self.path))
+            file = file / "index.html" if file.is_dir() and self.path.endswith("/") else file
+            text = file.suffix in (".html", ".css", ".js", ".svg", ".wasm")
+            if not text or not file.is_file() or "gzip" not in self.headers.get("Accept-Encoding", ""):
+                return super().send_head()
+            data = gzip.compress(file.read_bytes(), 6)
+            self.send_response(200)
+            self.send_header("Content-Type", self.guess_type(str(file)))
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            return BytesIO(data)
+
+    return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(pages)))
+
+
+def _serve_pages(pages: Path, port: int) -> None:
+    with page_server(pages, port) as server:
         address = f"http://127.0.0.1:{server.server_port}/"
         print(f"{address}  (Ctrl-C ends)", flush=True)
         webbrowser.open(address)

@@ -1,7 +1,6 @@
 """The built book in a real browser: every page opens and asks nobody else, and what can be used works."""
 
 import functools
-import http.server
 import json
 import os
 import re
@@ -10,7 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_book import PAGES, ROOT, book, build_module  # noqa: F401  (book is a fixture)
+from test_book import PAGES, ROOT, book  # noqa: F401  (book is a fixture)
+
+from companion.cli import page_server
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import printed
@@ -52,27 +53,37 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def address(book):  # noqa: F811
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(book)))
+    server = page_server(book)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
-@pytest.fixture
-def window(chromium):
-    """Opens pages; afterwards nothing may have gone wrong or elsewhere in any of them."""
-    contexts, complaints = [], []
+@pytest.fixture(scope="session")
+def shared(chromium):
+    """A context for each kind of screen, for the tests that leave nothing behind in it."""
 
-    def open_page(url, *, viewport=DESKTOP, theme="light", **options):
-        context = chromium.new_context(
-            viewport=viewport, color_scheme=theme, reduced_motion="reduce", **options
-        )
-        contexts.append(context)
+    @functools.cache
+    def context(width, height, theme):
+        viewport = {"width": width, "height": height}
+        return chromium.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")
+
+    return context
+
+
+@pytest.fixture
+def window(chromium, shared):
+    """Opens pages; afterwards nothing may have gone wrong or elsewhere in any of them."""
+    opened, complaints = [], []
+
+    def open_page(url, *, viewport=DESKTOP, theme="light", fresh=True, **options):
+        if fresh:
+            options |= {"viewport": viewport, "color_scheme": theme, "reduced_motion": "reduce"}
+            context = chromium.new_context(**options)
+        else:
+            context = shared(viewport["width"], viewport["height"], theme)
         page = context.new_page()
+        opened.append(context if fresh else page)
         page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("requestfailed", lambda request: complaints.append(f"{request.url}: {request.failure}"))
@@ -81,8 +92,8 @@ def window(chromium):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for one in opened:
+        one.close()
     assert not complaints
 
 
@@ -103,7 +114,7 @@ def is_too_wide(page):
 @every_page
 def test_page_by_day_on_a_desk_and_by_night_on_a_phone_is_accessible_and_asks_nobody(window, address, page):
     for viewport, theme in ((DESKTOP, "light"), (PHONE, "dark")):
-        opened = window(f"{address}/{page}.html", viewport=viewport, theme=theme)
+        opened = window(f"{address}/{page}.html", viewport=viewport, theme=theme, fresh=False)
         assert opened.evaluate("document.documentElement.dataset.theme") == theme
         opened.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
         assert not is_too_wide(opened)
@@ -113,7 +124,7 @@ def test_page_by_day_on_a_desk_and_by_night_on_a_phone_is_accessible_and_asks_no
 @every_page
 def test_page_from_a_folder_by_night_on_a_desk_and_by_day_on_a_phone_asks_nobody(window, book, page):  # noqa: F811
     for viewport, theme in ((DESKTOP, "dark"), (PHONE, "light")):
-        opened = window((book / f"{page}.html").as_uri(), viewport=viewport, theme=theme)
+        opened = window((book / f"{page}.html").as_uri(), viewport=viewport, theme=theme, fresh=False)
         assert opened.locator("main").inner_text().strip()
         assert not is_too_wide(opened)
 

@@ -13,6 +13,7 @@ and `jupyter-book build -W` turns warnings into errors.
 """
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from sphinx.util import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 import components
+import slim
 import vendor
 
 logger = logging.getLogger(__name__)
@@ -136,10 +138,13 @@ def finish(app, exception):
     for page, soup in pages.items():
         mend_head(soup)
         mend_scripts(soup)
-        mend_body(soup)
+        mend_body(soup, page.parent)
         box_objectives(soup)
         set_cover(soup)
         components.quizzes(soup)
+        slim.drop_idle_scripts(soup)
+    slim.join_styles(pages, out)
+    for page, soup in pages.items():
         page.write_text(str(soup), encoding="utf-8")
         for problem in load_problems(soup, page, out):
             logger.warning("%s %s", page.name, problem, type="pages")
@@ -216,16 +221,29 @@ def mend_scripts(soup):
             script["defer"] = ""
 
 
-def mend_body(soup):
+def size_of(file):
+    """Width and height of a PNG file in pixels, or None."""
+    if file.suffix != ".png" or not file.is_file():
+        return None
+    with file.open("rb") as data:
+        return struct.unpack(">II", data.read(24)[16:])
+
+
+def mend_body(soup, folder):
     """Name what has no name, hide what is only ornament, keep one first-level heading."""
+    for number, image in enumerate(soup.select("article img[src]")):
+        if (size := size_of(folder / unquote(image["src"]))) and not image.get("style"):
+            image["width"], image["height"] = size  # so that nothing moves when it comes
+        if number:
+            image["loading"] = "lazy"
     for icon in soup.select("i[class*=fa-], span[class*=fa-]"):
         icon["aria-hidden"] = "true"
     for button in soup.select("button[title]"):
         button["aria-label"] = button["title"]
         if button.get_text(strip=True):
             del button["aria-label"]
-    for heading in soup.select("#jb-print-docs-body h1, #jb-print-docs-body h2"):
-        heading.name = "p"
+    for twin in soup.select("#jb-print-docs-body"):  # title and contents, a second time
+        twin.decompose()
     for selector, name in NAMES.items():
         for element in soup.select(selector):
             element["aria-label"] = name
@@ -289,5 +307,5 @@ def load_problems(soup, page, out):
 def setup(app):
     app.connect("config-inited", offer_launches, priority=900)
     app.connect("html-page-context", describe, priority=900)
-    app.connect("build-finished", finish)
+    app.connect("build-finished", finish, priority=900)  # after the theme has written its last style sheet
     return {"parallel_read_safe": True, "parallel_write_safe": True}

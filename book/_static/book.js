@@ -149,6 +149,42 @@
     document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   }
 
+  /* Copy a cell's code; open the menus of the page's head. */
+  function copying() {
+    document.querySelectorAll("article .cell_input div.highlight, article div.highlight-shell div.highlight, article div[class*='highlight-'] > div.highlight").forEach((box) => {
+      if (box.querySelector(".copybtn") || box.closest(".cell_output")) return;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "copybtn";
+      button.textContent = "Copy";
+      button.addEventListener("click", async () => {
+        try { await navigator.clipboard.writeText(box.querySelector("pre").innerText.replace(/\n$/, "")); button.textContent = "Copied"; }
+        catch { button.textContent = "Not allowed here"; }
+        setTimeout(() => { button.textContent = "Copy"; }, 1500);
+      });
+      box.append(button);
+    });
+  }
+  function menus() {
+    const buttons = [...document.querySelectorAll('[data-bs-toggle="dropdown"]')];
+    function set(button, open) {
+      button.setAttribute("aria-expanded", String(open));
+      button.parentElement.querySelector(".dropdown-menu")?.classList.toggle("show", open);
+    }
+    buttons.forEach((button) => button.addEventListener("click", (event) => {
+      event.stopPropagation();
+      const open = button.getAttribute("aria-expanded") !== "true";
+      buttons.forEach((other) => set(other, other === button && open));
+    }));
+    document.addEventListener("click", () => buttons.forEach((button) => set(button, false)));
+    document.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      buttons.filter((button) => button.getAttribute("aria-expanded") === "true").forEach((button) => { set(button, false); button.focus(); });
+    });
+  }
+
+  copying();
+  menus();
   quizzes();
   progress();
   previews();
