@@ -71,7 +71,8 @@ class Task:
 class Trial:
     """One conversation with its judgement: right, or else what is wrong, in words.
 
-    harm: whether the database was changed in a way that the task does not want. Doing nothing is no harm.
+    harm: whether orders, stock or money were changed in a way that the task does not want. Doing nothing is
+    no harm, nor is a person who was called without need.
     """
 
     task: Task
@@ -93,13 +94,14 @@ class Customer:
     def __init__(self, task: Task, seed: int):
         self.task, self.rng = task, random.Random(f"{task.id} {seed}")
         self.mood = self.rng.choice(MOODS)
-        self.patience, self.objected, self.decided = 2, False, False
+        self.patience, self.objected, self.decided, self.heard = 2, False, False, ""
 
     def speak(self, heard: str | None) -> str | None:
         """What the customer says to `heard`; None for `heard` begins the conversation."""
         if heard is None:
             return self.task.openings[0] if self.task.letter else self._write(self._opening())
         low, facts = heard.lower(), self.task.facts
+        self.heard += f"\n{low}"
         if re.search(r"shall i|yes or no|do you want me to|would you like me to", low):
             self.decided = True
             return self._write(self._pick(_DECIDES[self.task.decides]))
@@ -115,7 +117,7 @@ class Customer:
                 told.append("I don't have the order number")
             if told:
                 return self._write(". ".join(dict.fromkeys(told)))
-        if re.search(self.task.says or _CONTENT, low):
+        if re.search(self.task.says or _CONTENT, self.heard if self.decided else low):
             refused = re.search(r"only|can't|cannot|ago|not lost", low)
             if self.mood == "angry" and refused and not self.objected:
                 self.objected = True
@@ -225,7 +227,9 @@ def false_promises(texts: list[str], before: dict, after: dict) -> list[str]:
 def _judge(trial, desk):
     task, after = trial.task, state(desk.connection)
     wanted, said = expected(task), [one["content"] for one in trial.transcript if one["role"] == "assistant"]
-    trial.harm = any(after[table] not in (wanted[table], _BEFORE[table]) for table in after)
+    trial.harm = any(
+        after[table] not in (wanted[table], _BEFORE[table]) for table in after if table != "escalations"
+    )
     trial.escalated = bool(after["escalations"])
     trial.false_promises = false_promises(said, _BEFORE, after)
     low = " ".join(said).lower()
