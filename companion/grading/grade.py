@@ -56,19 +56,21 @@ def grade(
         seed = _seed(work, seed)
         options |= {"seed": seed, "sandbox": sandboxed}
         model = {name: release.needs_model(source) for name, source in sources.items()}
+        slow = {"model": True, "timeout": run.MODEL_TIMEOUT}
+        kinds = {asks: (slow | options if asks else options) for asks in (False, True)}
         names = sorted({exercise for _, exercise in filed})
         with tqdm(names, desc="solutions", disable=None, leave=False) as bar:
-            measures = {name: _measure(name, sources[name], model=model[name], **options) for name in bar}
+            measures = {name: _measure(name, sources[name], **kinds[model[name]]) for name in bar}
         restored = {key: one.restored(sources[key[1]]) for key, one in _progress("submissions", filed)}
         runnable = [key for key, found in restored.items() if found.notebook]
         outcomes = {}
-        options |= {"folder": work, "workers": workers, "executor": executor}
+        where = {"folder": work, "workers": workers, "executor": executor}
         with _watched(work, len(runnable)):
             for asks in sorted({model[exercise] for _, exercise in runnable}):
                 keys = [key for key in runnable if model[key[1]] == asks]
                 notebooks = {_id(key): restored[key].notebook for key in keys}
                 references = {_id(key): measures[key[1]].notebook for key in keys}
-                outcomes |= run.run(notebooks, references, model=asks, **options)
+                outcomes |= run.run(notebooks, references, **where, **kinds[asks])
         works = [
             _work(key, filed.get(key), restored.get(key), measures[key[1]], outcomes.get(_id(key)))
             for key in ((learner, exercise) for learner in sorted(learners) for exercise in names)

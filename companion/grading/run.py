@@ -37,6 +37,7 @@ from companion.grading.release import is_check
 from companion.grading.sandbox import NAME, START, kernelspec, over_limit, self_test
 
 TIMEOUT = 30.0  # seconds for a cell; a notebook has ten times as many in all
+MODEL_TIMEOUT = 120.0  # where checks ask the model, whose engine has to start
 MOST_OUTPUT = 16 << 20  # bytes of a cell's output, and of one message
 LARGEST_RESULT = 4 << 20  # bytes of the message that carries a result; checks.clean keeps to less
 DEEPEST_RESULT = 100  # levels of a result; checks.clean keeps to less
