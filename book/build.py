@@ -15,9 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 BOOK = Path(__file__).resolve().parent
-sys.path.insert(0, str(BOOK / "_ext"))
-import printed  # noqa: E402
-
 CHAPTERS = BOOK.parent / "chapters"
 MARKER = ".gpt-at-work-book"
 
@@ -33,14 +30,28 @@ def build(out: Path) -> Path:
     """
     out = Path(out).expanduser().resolve()
     check_target(out)
-    if find_spec("jupyter_book") is None:
-        raise BuildError("Jupyter Book is not installed: pip install -e '.[book]'")
+    check_installed()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as folder:
         html = run_jupyter_book(Path(folder))
         (html / MARKER).touch()
         swap(html, out, Path(folder) / "previous")
     return out
+
+
+def check_installed() -> None:
+    if find_spec("jupyter_book") is None:
+        raise BuildError("Jupyter Book is not installed: pip install -e '.[book]'")
+
+
+def fetch_model() -> None:
+    """Have the model for the pages here, with a bar while it comes; without it they show stored runs."""
+    from companion.local import weights
+
+    try:
+        weights.path("smollm2-135m-instruct")
+    except weights.WeightsError as error:
+        print(f"the pages show stored runs only: {error}", file=sys.stderr)
 
 
 def check_target(out: Path) -> None:
@@ -76,8 +87,6 @@ def run_jupyter_book(folder: Path) -> Path:
         causes = [line for line in report.splitlines() if re.search(r"WARNING: |ERROR: |\w+Error: ", line)]
         first = causes[0].strip() if causes else "Jupyter Book failed"
         raise BuildError(f"the book was not built: {first} (1 of {len(causes) or 1}; see {log})")
-    if note := re.search(r"the pages show stored runs only.*", run.stdout):
-        print(note[0], file=sys.stderr)
     return folder / "_build" / "html"
 
 
@@ -99,12 +108,18 @@ def main() -> int:
     parser.add_argument("--pdf", action="store_true", help="print the book, too; needs a Chromium")
     options = parser.parse_args()
     try:
+        check_target(options.out.expanduser().resolve())
+        check_installed()
+        sys.path.insert(0, str(BOOK / "_ext"))
+        import printed
+
         if options.pdf:
             printed.browser()
+        fetch_model()
         html = build(options.out)
         if options.pdf:
             print(printed.print_book(html))
-    except (BuildError, printed.PrintError, OSError) as error:
+    except (BuildError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(html / "index.html")

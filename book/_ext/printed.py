@@ -45,7 +45,7 @@ html, body { display: block; background: #fff !important; font-size: 11pt; }
 """
 
 
-class PrintError(Exception):
+class PrintError(RuntimeError):
     """Why there is no PDF, in one line."""
 
 
