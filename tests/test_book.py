@@ -273,6 +273,24 @@ def test_an_adapter_is_added_to_the_weights_of_the_model_for_the_page(tmp_path):
     assert np.abs(found["changed.weight"] - expected).max() < np.abs(expected).max() / 100
 
 
+@pytest.mark.parametrize(
+    ("selector", "kept"),
+    [
+        (".only-dark img", True),
+        ("html[data-theme=dark] .only-dark~p:not(.absent)", True),
+        (":is(.absent,.only-dark) p", True),
+        ("#place > p::before", True),
+        (".only-dark .absent", False),
+        ("#absent", False),
+        ("video", False),
+        (r".d-sm\:none", False),
+    ],
+)
+def test_a_style_rule_is_left_out_only_if_nothing_can_match_it(selector, kept):
+    slim = load("page_slim", ROOT / "book" / "_ext" / "slim.py")
+    assert slim.may_match(selector, {"only-dark", "place"}, {"html", "p", "img"}) is kept
+
+
 def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

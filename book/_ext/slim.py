@@ -27,9 +27,9 @@ IDLE = {  # scripts, and what a page must have for them to have work
 OWN = ("math/", "try.css")  # sheets of single pages
 # Parts of the theme that the book does not switch on, though a script of the theme names them.
 ABSENT = re.compile(
-    r"version-(warning|switcher)|announcement|tooltip|popover|nb(in|out)put|jp-|-dark\b|data-bs-theme=|"
+    r"version-(warning|switcher)|announcement|tooltip|popover|nb(in|out)put|jp-|(navbar|menu|table|btn)-dark|data-bs-theme=|"
     r"list-group|sidebar-hidden|\.thebe|data-readthedocs|rtd|\.progress|file-selector|modal-|carousel|offcanvas|"
-    r"\.sd-(tab|dropdown|badge)|\.(is-)?invalid|placeholder|autofill"
+    r"\.(is-)?invalid|placeholder|autofill"
 )
 WORD = re.compile(r"-?[A-Za-z_][\w-]*")
 NAMED = re.compile(r"[.#](-?[A-Za-z_][\w-]*)")
