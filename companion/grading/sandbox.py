@@ -63,6 +63,7 @@ ENVIRONMENT = {
 STEADY = {
     "PYTHONHASHSEED": "0",
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",  # several engines on few processors would otherwise wait by computing
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
