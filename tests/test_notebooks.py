@@ -1,6 +1,7 @@
 """nbval runs every chapter and every solution again and compares what they show with what is stored."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+NUMBERED = [path for path in CHAPTERS if path.stem[:2].isdigit()]
 SOLUTIONS = sorted((ROOT / "exercises" / "solutions").glob("*.ipynb"))
 NOTEBOOKS = CHAPTERS + SOLUTIONS
 IGNORED = {"nbval-ignore-output", "nbval-skip"}
@@ -51,7 +53,25 @@ def test_a_figure_has_a_caption_and_alt_text(chapter):
             assert len(shown.get("figure", {}).get("caption", "")) > 40, cell.id
 
 
+@pytest.mark.parametrize("chapter", NUMBERED, ids=lambda path: path.stem)
+def test_a_quiz_has_five_questions_with_one_right_option_each_and_feedback_for_all(chapter):
+    cells = [cell.source for cell in nbformat.read(chapter, 4).cells if cell.cell_type == "markdown"]
+    (quiz,) = [text for text in cells if "## Check yourself" in text]
+    questions = re.split(r"(?m)^\*\*\d\. ", quiz)[1:]
+    assert len(questions) == 5
+    places = []
+    for question in questions:
+        option = r"<details( class=\"right\")?><summary>(.+?)</summary>\n\n(.+?)\n\n</details>"
+        options = re.findall(option, question, re.S)
+        assert 3 <= len(options) <= 4, question[:80]
+        right = [bool(mark) for mark, _, _ in options]
+        assert sum(right) == 1, question[:80]
+        assert all(len(feedback) > 20 for _, _, feedback in options), question[:80]
+        places.append(right.index(True))
+    assert len(set(places)) > 1
+
+
 def test_every_chapter_and_its_exercise_go_by_one_name():
-    chapters = {path.stem for path in CHAPTERS if path.stem[:2].isdigit()}
+    chapters = {path.stem for path in NUMBERED}
     assert {path.stem for path in SOLUTIONS} == chapters
     assert {path.stem for path in (ROOT / "exercises").glob("*.ipynb")} == chapters
