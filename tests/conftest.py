@@ -33,10 +33,7 @@ def companion_home(tmp_path_factory):
     files = [weights.path(name) for name in weights.MODELS]
     fetched = weights.home() / "vendor"  # what the book's pages take from npm
     fetched.mkdir(parents=True, exist_ok=True)
-    fetched = weights.home() / "vendor"  # what the book's pages take from npm
-    fetched.mkdir(parents=True, exist_ok=True)
     home = tmp_path_factory.mktemp("home")
-    (home / "vendor").symlink_to(fetched)
     (home / "vendor").symlink_to(fetched)
     (home / "models").mkdir()
     for file in files:
