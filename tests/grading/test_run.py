@@ -21,7 +21,7 @@ from companion.grading.run import Outcome, Replay, run, solve
 pytestmark = pytest.mark.slow
 
 
-SEED, TIMEOUT = 7, 4
+SEED, TIMEOUT = 7, 6
 FLOOD = ("flood", "timeout")  # which of the two is met first depends on the machine's speed
 SETUP = "from companion.checks import Check, drawn"
 CHECK = """draw = drawn("check-{0}")
