@@ -10,6 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
@@ -52,14 +53,26 @@ def book(tmp_path_factory):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the book's sources that a test may spoil."""
+    """The book's configuration with four short pages in place of the chapters, which a test may spoil."""
     ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for folder in ("book", "chapters"):
-        shutil.copytree(ROOT / folder, tmp_path / "copy" / folder, ignore=ignored)
+    shutil.copytree(ROOT / "book", tmp_path / "copy" / "book", ignore=ignored)
+    chapters = tmp_path / "copy" / "chapters"
+    chapters.mkdir()
+    for name in ("index", "installation", "about"):
+        (chapters / f"{name}.md").write_text(f"# The page {name}\n\nIts first paragraph.\n", "utf-8")
+    cells = [
+        nbformat.v4.new_markdown_cell("# A chapter\n\nIts first paragraph."),
+        nbformat.v4.new_code_cell("1 + 1"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel | {"language_info": {"name": "python"}})
+    nbformat.write(notebook, chapters / "01_what_is_chatgpt.ipynb")
+    files = [{"file": name} for name in ("installation", "01_what_is_chatgpt", "about")]
+    contents = {"format": "jb-book", "root": "index", "parts": [{"caption": "Pages", "chapters": files}]}
+    (tmp_path / "copy" / "book" / "_toc.yml").write_text(yaml.safe_dump(contents), "utf-8")
     return tmp_path / "copy"
 
 
-@cache
 def read(file):
     return BeautifulSoup(file.read_text(encoding="utf-8"), "html.parser")
 
