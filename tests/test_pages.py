@@ -4,14 +4,17 @@ import functools
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import gguf
 import pytest
 from test_book import PAGES, ROOT, book  # noqa: F401  (book is a fixture)
 
 from companion.cli import page_server
+from companion.local import weights
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import printed
@@ -24,6 +27,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 # No name but this machine's has an address in this browser.
 ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 EXPLORER, CHAT, TOKENS = ".try[data-try=explorer]", ".try[data-try=chat]", ".try[data-try=tokenizer]"
+ATTENTION = ".try[data-try=attention]"
 
 every_page = pytest.mark.parametrize("page", [*PAGES, "search"])
 
@@ -258,7 +262,7 @@ def test_the_chat_shows_stored_replies_and_says_so(window, address):
 
 
 def test_attention_follows_the_token_the_layer_and_the_head(window, address):
-    root = window(f"{address}/playground.html").locator(".try[data-try=attention]")
+    root = window(f"{address}/playground.html").locator(ATTENTION)
     seen = {root.locator(".try-said").inner_text()}
     tokens = root.locator(".try-attention button")
     tokens.nth(10).focus()
@@ -294,6 +298,18 @@ def test_the_real_model_runs_in_the_page_and_is_kept_by_the_browser(window, addr
         f"document.querySelectorAll('{TOKENS} .try-smollm2 li').length > 20", timeout=60_000
     )
     assert "".join(page.locator(f"{TOKENS} .try-smollm2 li").all_inner_texts()).replace("·", " ") == text
+    attention = page.locator(ATTENTION)
+    page.wait_for_selector(f"{ATTENTION}[data-source=model]", timeout=120_000)
+    attention.locator("textarea").fill("The boots leak. I want to send them back.")
+    page.wait_for_function(
+        f"document.querySelector('{ATTENTION} .try-attention').textContent.includes('boots')", timeout=120_000
+    )
+    assert attention.locator(".try-attention button").nth(1).inner_text() == "·boots"
+    assert "takes most from" in attention.locator(".try-said").inner_text()
+    attention.locator("textarea").fill("word " * 60)
+    page.wait_for_function(
+        f"document.querySelector('{ATTENTION} .try-said').textContent.includes('are followed here')"
+    )
     chat = page.locator(CHAT)
     chat.locator("textarea").fill("What is a tent?")
     chat.get_by_role("button", name="Send to both").click()
@@ -307,6 +323,32 @@ def test_the_real_model_runs_in_the_page_and_is_kept_by_the_browser(window, addr
     root.locator(".try-load").click()
     page.wait_for_selector(f"{EXPLORER}[data-source=model]", timeout=120_000)
     assert fetched == []
+
+
+def test_the_page_computes_the_attention_weights_that_transformers_computes(tmp_path):
+    """The stored weights are transformers'; the script reads the same file. They may round differently."""
+    stored = STORED["attention"]
+    script = tmp_path / "compare.mjs"
+    (tmp_path / "attention.mjs").write_bytes((ROOT / "book" / "_static" / "attention.js").read_bytes())
+    script.write_text(
+        """
+        import fs from "node:fs";
+        import { open } from "./attention.mjs";
+        const { file, tokens, weights } = JSON.parse(fs.readFileSync(0, "utf8"));
+        const model = await open(new Blob([fs.readFileSync(file)]));
+        const found = await model.attend(tokens, () => true);
+        const wanted = Buffer.from(weights, "base64");
+        if (found.length !== wanted.length) throw new Error(`${found.length} of ${wanted.length}`);
+        console.log(Math.max(...wanted.map((one, i) => Math.abs(one - found[i]))));
+        """
+    )
+    file = str(weights.path("smollm2-135m-instruct"))
+    vocabulary = gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
+    tokens = [vocabulary.index(token.replace(" ", "Ġ")) for token in stored["tokens"]]
+    given = {"file": file, "tokens": tokens, "weights": stored["weights"]}
+    done = subprocess.run([*vendor.node(), script], input=json.dumps(given), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 1  # of 255
 
 
 def test_a_model_that_cannot_be_had_is_said_in_the_page(chromium, address):

@@ -211,3 +211,15 @@ def test_an_endpoint_that_cannot_start_says_why(own_home, monkeypatch):
     with pytest.raises(EndpointError, match=r"did not start.*nothing") as refused:
         process.ensure()
     assert "\n" not in str(refused.value)
+
+
+def test_a_process_that_leaves_while_it_is_looked_at_is_gone(monkeypatch):
+    """psutil then says FileNotFoundError where its folder in /proc still stands."""
+
+    def leave(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(psutil.Process, "status", leave)
+    monkeypatch.setattr(psutil.Process, "terminate", leave)
+    assert not process._alive(os.getpid(), endpoint=True)
+    process.stop(process.Endpoint("http://127.0.0.1:1/v1", "token", os.getpid()))

@@ -90,7 +90,8 @@
     const { Wllama } = await import(`${here}model/wllama.js`);
     const quiet = { debug() {}, log() {}, warn() {}, error() {} };
     const wllama = new Wllama({ "single-thread/wllama.wasm": `${here}model/wllama.wasm` }, { logger: quiet });
-    await wllama.loadModel([new Blob(parts)], { n_ctx: 2048, n_threads: 1 });
+    engine.file = new Blob(parts);
+    await wllama.loadModel([engine.file], { n_ctx: 2048, n_threads: 1 });
     return wllama;
   }
 
@@ -402,27 +403,43 @@
   }
 
   /* 4. Attention */
+  const LONGEST = 48; // tokens
   function attention(root) {
-    const { tokens, layers, heads, weights } = stored.attention;
-    const bytes = Uint8Array.from(atob(weights), (one) => one.charCodeAt(0));
-    const size = (tokens.length * (tokens.length + 1)) / 2;
+    const known = stored.attention;
+    known.bytes = Uint8Array.from(atob(known.weights), (one) => one.charCodeAt(0));
+    const sentence = known.tokens.join("");
+    const { layers, heads } = known;
+    let shown = known;
+    let chosen = 0;
+    let buttons = [];
+    let ticket = 0;
+    let opened = null;
+    const area = make("textarea", { rows: 2, spellcheck: "false" });
     const layer = slider("Layer", { min: 1, max: layers, step: 1, value: 12 }, draw);
     const head = make("select", {}, make("option", { value: -1 }, "all heads, average"), ...Array.from({ length: heads }, (_, i) => make("option", { value: i }, `head ${i + 1}`)));
     head.addEventListener("change", draw);
     const first = make("input", { type: "checkbox", id: id("first") });
     first.addEventListener("change", draw);
     const said = make("p", { class: "try-said", role: "status" });
-    let chosen = tokens.length - 2;
-    const buttons = tokens.map((token, i) => make("button", { type: "button", onclick: () => { chosen = i; draw(); } }, visible(token)));
-    const line = make("div", { class: "try-attention", role: "group", "aria-label": "The tokens of the sentence" }, ...buttons);
+    const line = make("div", { class: "try-attention", role: "group", "aria-label": "The tokens of the sentence" });
     function row(place, one) {
+      const size = (shown.tokens.length * (shown.tokens.length + 1)) / 2;
       const start = ((layer.value - 1) * heads + one) * size + (place * (place + 1)) / 2;
-      return bytes.subarray(start, start + place + 1);
+      return shown.bytes.subarray(start, start + place + 1);
+    }
+    function show(found, source) {
+      shown = found;
+      root.dataset.source = source;
+      chosen = Math.max(0, found.tokens.length - 2);
+      buttons = found.tokens.map((token, i) => make("button", { type: "button", onclick: () => { chosen = i; draw(); } }, visible(token)));
+      line.replaceChildren(...buttons);
+      draw();
     }
     function draw() {
+      if (!buttons.length) return;
       const which = Number(head.value);
       const rows = which < 0 ? Array.from({ length: heads }, (_, i) => row(chosen, i)) : [row(chosen, which)];
-      const shares = tokens.slice(0, chosen + 1).map((_, i) => rows.reduce((all, one) => all + one[i], 0) / rows.length / 255);
+      const shares = shown.tokens.slice(0, chosen + 1).map((_, i) => rows.reduce((all, one) => all + one[i], 0) / rows.length / 255);
       if (!first.checked && chosen > 0) {
         shares[0] = 0;
         const all = shares.reduce((sum, one) => sum + one, 0) || 1;
@@ -434,13 +451,39 @@
         button.classList.toggle("try-later", i > chosen);
       });
       const top = shares.map((share, i) => [share, i]).sort((a, b) => b[0] - a[0]).slice(0, 3).filter(([share]) => share > 0.005);
-      said.textContent = `${visible(tokens[chosen])} takes most from: ${top.map(([share, i]) => `${visible(tokens[i])} (${percent(share)})`).join(", ")}`;
+      said.textContent = `${visible(shown.tokens[chosen])} takes most from: ${top.map(([share, i]) => `${visible(shown.tokens[i])} (${percent(share)})`).join(", ")}`;
     }
-    root.replaceChildren(make("h3", {}, "Which tokens a token looks back at"),
+    async function look() {
+      const words = area.value;
+      const mine = ++ticket;
+      if (!runs("base")) {
+        if (words === sentence) show(known, "stored");
+        else said.textContent = "These are the weights of the stored sentence: run the model to follow your own.";
+        return;
+      }
+      const tokens = await within("base", (wllama) => wllama.tokenize(words, true));
+      if (tokens.length > LONGEST) { said.textContent = `That is ${tokens.length} tokens; up to ${LONGEST} are followed here.`; return; }
+      if (!tokens.length || mine !== ticket) return;
+      const names = await pieces("base", words);
+      try {
+        opened = opened || (await (await import(`${here}attention.js`)).open(engines.base.file));
+        const bytes = await opened.attend(tokens, (at) => {
+          said.textContent = `Computing layer ${at + 1} of ${layers} …`;
+          return mine === ticket;
+        });
+        if (bytes && mine === ticket) show({ tokens: names, bytes }, "model");
+      } catch (error) { said.textContent = `The weights could not be computed: ${error.message}.`; }
+    }
+    area.value = sentence;
+    area.addEventListener("input", later(600, look));
+    root.replaceChildren(make("h3", {}, "Which tokens a token looks back at"), bar("base", "The model"),
+      field("The sentence", area),
       make("div", { class: "try-row" }, layer.element, field("Head", head)),
       make("div", { class: "try-check" }, first, make("label", { for: first.id }, "count the first token, too (many heads rest on it)")),
       line, said);
-    draw();
+    let ran = false;
+    listeners.push(() => { if (runs("base") && !ran) { ran = true; look(); } });
+    look();
   }
 
   const components = { explorer, tokenizer, chat, attention };

@@ -98,7 +98,8 @@ def stop(endpoint: Endpoint) -> None:
     """End the endpoint's process, politely first."""
     import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
+    # psutil says FileNotFoundError of a process that leaves while it is looked at.
+    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
         process = psutil.Process(endpoint.pid)
         process.terminate()
         try:
@@ -185,7 +186,7 @@ def _alive(pid: int, *, endpoint: bool) -> bool:
         # An old file may name the id of another process by now: not every one may be ended.
         command = process.cmdline()
         return GATEWAY in command or (any("companion" in part for part in command) and "serve" in command)
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError):  # the second where it leaves as it is looked at
         return False
     except psutil.AccessDenied:
         return True
