@@ -602,6 +602,18 @@ def embed(client, asked, **options) -> CreateEmbeddingResponse:
     return CreateEmbeddingResponse.model_validate(json.loads(raw.text), strict=True)
 
 
+def test_a_text_gets_the_same_numbers_alone_and_beside_others(client):
+    texts = [f"{word} is what I ordered, and it has not come" for word in ("a tent", "a stove", "one mug")]
+    alone = [embed(client, text).data[0].embedding for text in texts]
+    together = [item.embedding for item in embed(client, texts).data]
+    with ThreadPoolExecutor(6) as pool:
+        others = pool.map(lambda n: embed(client, "other words " * n), range(1, 40))
+        beside = list(pool.map(lambda text: embed(client, text).data[0].embedding, texts * 4))
+        list(others)
+    assert alone == together
+    assert beside == alone * 4
+
+
 def test_embeddings_have_unit_length_and_keep_their_order(client):
     both = embed(client, ["my parcel", "a tent"])
     assert [item.index for item in both.data] == [0, 1]

@@ -37,8 +37,9 @@ class Engine:
         params.cache_ram_mib = 0
         if kind == "embedding":
             params.embedding = True
-            params.n_parallel = 4
-            params.n_ctx = params.n_batch = params.n_ubatch = 4 * EMBEDDING_CONTEXT
+            # One text at a time: side by side they share a batch, and its size changes how sums round.
+            params.n_parallel = 1
+            params.n_ctx = params.n_batch = params.n_ubatch = EMBEDDING_CONTEXT
         else:
             params.n_parallel = SLOTS
             params.n_ctx = SLOTS * CONTEXT
