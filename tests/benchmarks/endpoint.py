@@ -208,7 +208,7 @@ def streams(rounds: int) -> None:
         with torch.inference_mode():
             model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
 
-    both = turns(max(rounds // 2, 1), ours=counted("ours", whole), theirs=generate)
+    both = turns(rounds, ours=counted("ours", whole), theirs=generate)
     ratio = (made["ours"] / both["ours"]) / (TOKENS / both["theirs"])
     report(
         "one stream / transformers generate, bf16",

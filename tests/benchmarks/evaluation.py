@@ -24,7 +24,8 @@ from companion.evaluation import Sample, evaluate
 from companion.local import process
 
 CONCURRENCY = 8
-OPTIONS = {"max_tokens": 24, "temperature": 0.0, "seed": 0}
+OPTIONS = {"temperature": 0.0, "seed": 0}
+LENGTHS = {"labels": 24, "replies": 96}  # tokens of an answer, at most
 
 INSPECT = """
 import json, os, sys, tempfile, time
@@ -73,7 +74,8 @@ def main() -> None:
     chosen = parser.parse_args()
     overhead(chosen.rounds)
     memory()
-    speed(chosen.rounds, chosen.samples, chosen.inspect)
+    for answers in LENGTHS:
+        speed(chosen.rounds, chosen.samples, chosen.inspect, answers)
 
 
 def report(what: str, ratio: float, note: str) -> None:
@@ -84,15 +86,20 @@ def has_parcel(answer, sample) -> bool:
     return sample.target in answer.text.lower()
 
 
-def speed(rounds: int, number: int, inspect: str | None) -> None:
-    """Samples a second with the local model: ours, a loop, and inspect_ai."""
+def speed(rounds: int, number: int, inspect: str | None, answers: str) -> None:
+    """Samples a second with the local model: ours, a loop, and inspect_ai.
+
+    answers: which of LENGTHS. What can be gained side by side is the writing; each prompt is read by both
+    processors as it is, and to read a letter takes as long as to write some 30 tokens.
+    """
+    options = OPTIONS | {"max_tokens": LENGTHS[answers]}
     texts = shop.tickets("train").text.tolist()[:number]
     samples = [Sample(text, "parcel") for text in texts]
     model, client, endpoint = companion.chat_model(), companion.client(), process.ensure()
 
     def ours() -> float:
         start = time.perf_counter()
-        run = evaluate(model, samples, has_parcel, concurrency=CONCURRENCY, progress=False, **OPTIONS)
+        run = evaluate(model, samples, has_parcel, concurrency=CONCURRENCY, progress=False, **options)
         seconds = time.perf_counter() - start
         assert run.failures.empty, run.failures
         return seconds
@@ -102,13 +109,13 @@ def speed(rounds: int, number: int, inspect: str | None) -> None:
         start = time.perf_counter()
         for text in texts:
             messages = [{"role": "user", "content": text}]
-            reply = client.chat.completions.create(model=model, messages=messages, **OPTIONS)
+            reply = client.chat.completions.create(model=model, messages=messages, **options)
             right.append("parcel" in reply.choices[0].message.content.lower())
         return time.perf_counter() - start
 
     def theirs() -> float:
         given = {"model": model, "base_url": endpoint.base_url, "api_key": endpoint.token, "texts": texts}
-        given |= {"concurrency": CONCURRENCY, "options": OPTIONS}
+        given |= {"concurrency": CONCURRENCY, "options": options}
         done = subprocess.run(
             [inspect, "-c", INSPECT], input=json.dumps(given), capture_output=True, text=True, check=True
         )
@@ -123,10 +130,10 @@ def speed(rounds: int, number: int, inspect: str | None) -> None:
                 seconds[name].append(taken)
     rate = {name: number / statistics.median(taken) for name, taken in seconds.items()}
     note = f"{rate['ours']:.2f} and {rate['loop']:.2f} samples/s, concurrency {CONCURRENCY}"
-    report("evaluate / a sequential loop, same endpoint", rate["ours"] / rate["loop"], note)
+    report(f"evaluate / a sequential loop, same endpoint: {answers}", rate["ours"] / rate["loop"], note)
     if inspect:
         note = f"{rate['ours']:.2f} and {rate['theirs']:.2f} samples/s"
-        report("evaluate / inspect_ai, same endpoint and concurrency", rate["ours"] / rate["theirs"], note)
+        report(f"evaluate / inspect_ai, as many at once: {answers}", rate["ours"] / rate["theirs"], note)
     else:
         print("evaluate / inspect_ai: not measured, give --inspect the Python of its environment")
 
