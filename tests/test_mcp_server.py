@@ -31,22 +31,34 @@ async def cancel(client, order_id="FW-10759", postcode="IV2 3DQ"):
     return [(answer.structured_content["status"], answer.is_error) for answer in (found, proposed, done)]
 
 
-def test_every_tool_of_the_desk_is_listed_with_its_schema_and_says_whether_it_only_reads():
+@pytest.mark.parametrize("may_confirm", [False, True])
+def test_the_desk_s_tools_are_listed_with_their_schemas_and_confirm_only_where_asked_for(may_confirm):
     async def tools(client):
         return (await client.list_tools()).tools
 
-    listed = {tool.name: tool for tool in talk(make(database()), tools)}
+    listed = {tool.name: tool for tool in talk(make(database(), may_confirm), tools)}
     wanted = {schema["function"]["name"]: schema["function"] for schema in schemas()}
-    assert list(listed) == list(wanted)
+    assert list(listed) == [name for name in wanted if may_confirm or name != "confirm"]
     for name, tool in listed.items():
         assert tool.input_schema == wanted[name]["parameters"]
         assert tool.description == wanted[name]["description"]
         assert tool.annotations.read_only_hint == (name in READ_ONLY)
 
 
-def test_a_process_of_its_own_serves_a_case_from_identification_to_confirmation():
-    server = mcp.StdioServerParameters(command=sys.executable, args=["-m", "companion.shop.mcp_server"])
-    assert talk(server, cancel) == [("ok", False), ("proposed", False), ("done", False)]
+@pytest.mark.parametrize(
+    ("options", "last"), [([], ("invalid", True)), (["--confirm"], ("done", False))], ids=["agent", "button"]
+)
+def test_a_process_of_its_own_serves_a_case_and_confirms_only_where_started_for_it(options, last):
+    arguments = ["-m", "companion.shop.mcp_server", *options]
+    server = mcp.StdioServerParameters(command=sys.executable, args=arguments)
+    assert talk(server, cancel) == [("ok", False), ("proposed", False), last]
+
+
+def test_an_agent_cannot_confirm_what_it_proposed():
+    connection = database()
+    assert [status for status, _ in talk(make(connection), cancel)] == ["ok", "proposed", "invalid"]
+    row = connection.execute("SELECT status FROM orders WHERE order_id = 'FW-10759'").fetchone()
+    assert row["status"] == "processing"
 
 
 def test_a_client_changes_nothing_without_knowing_who_it_speaks_for():
@@ -55,7 +67,8 @@ def test_a_client_changes_nothing_without_knowing_who_it_speaks_for():
     async def conversation(client):
         return await cancel(client, postcode="ZZ9 9ZZ")
 
-    assert [status for status, _ in talk(make(connection), conversation)] == ["refused"] * 3
+    server = make(connection, may_confirm=True)
+    assert [status for status, _ in talk(server, conversation)] == ["refused"] * 3
     row = connection.execute("SELECT status FROM orders WHERE order_id = 'FW-10759'").fetchone()
     assert row["status"] == "processing"
 

@@ -4,13 +4,17 @@ Any program that speaks the Model Context Protocol can start it, list its tools 
 one case at the support desk, on a database of its own that ends with it. The tools and their rules are those
 of `companion.shop.systems`; this module only translates. It needs the package `mcp` (the extra "book").
 
+It offers no `confirm`: an agent proposes, and a person's yes comes from outside it. A program with a button
+for that yes starts `python -m companion.shop.mcp_server --confirm`, and keeps the tool from its model.
+
 What it does not do: authenticate the program that started it, which could run any other program as well; or
 ask a person. A client that shows the tools to a model should ask its user before it calls a tool that is not
-marked read-only, and `confirm` above all.
+marked read-only.
 
 https://modelcontextprotocol.io/specification/2026-07-28
 """
 
+import argparse
 import json
 import sqlite3
 from typing import TYPE_CHECKING
@@ -24,20 +28,23 @@ if TYPE_CHECKING:
 READ_ONLY = ("find_orders", "order_status")  # they change nothing but the audit trail
 
 
-def make(connection: sqlite3.Connection) -> "Server":
+def make(connection: sqlite3.Connection, may_confirm: bool = False) -> "Server":
     """An MCP server for one new case on the shop's database.
 
     connection: from `shop.database()`, used by the thread that runs the server only.
+    may_confirm: whether `confirm` is offered, to a client that asks a person before it calls it.
     """
     from mcp import types
     from mcp.server.lowlevel import Server
 
     desk = Desk(connection)
+    offered = {schema["function"]["name"]: schema["function"] for schema in schemas()}
+    if not may_confirm:
+        del offered["confirm"]
 
     async def list_tools(context, parameters) -> types.ListToolsResult:
         tools = []
-        for schema in schemas():
-            tool = schema["function"]
+        for tool in offered.values():
             notes = types.ToolAnnotations(
                 read_only_hint=tool["name"] in READ_ONLY, destructive_hint=tool["name"] == "confirm"
             )
@@ -52,7 +59,10 @@ def make(connection: sqlite3.Connection) -> "Server":
         return types.ListToolsResult(tools=tools)
 
     async def call_tool(context, parameters) -> types.CallToolResult:
-        answer = desk.call(parameters.name, parameters.arguments or {})
+        if parameters.name in offered:
+            answer = desk.call(parameters.name, parameters.arguments or {})
+        else:
+            answer = {"status": "invalid", "reason": f"this server offers no tool {parameters.name!r}"}
         return types.CallToolResult(
             content=[types.TextContent(type="text", text=json.dumps(answer))],
             structured_content=answer,
@@ -68,8 +78,12 @@ def main() -> None:
 
     from mcp.server.stdio import stdio_server
 
+    parser = argparse.ArgumentParser(prog="python -m companion.shop.mcp_server")
+    parser.add_argument("--confirm", action="store_true", help="offer confirm, to a client that asks")
+    options = parser.parse_args()
+
     async def serve() -> None:
-        server = make(database())
+        server = make(database(), options.confirm)
         async with stdio_server() as (incoming, outgoing):
             await server.run(incoming, outgoing, server.create_initialization_options())
 
