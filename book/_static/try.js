@@ -463,7 +463,8 @@
       }
       const tokens = await within("base", (wllama) => wllama.tokenize(words, true));
       if (tokens.length > LONGEST) { said.textContent = `That is ${tokens.length} tokens; up to ${LONGEST} are followed here.`; return; }
-      if (!tokens.length || mine !== ticket) return;
+      if (mine !== ticket) return;
+      if (!tokens.length) { said.textContent = "Type a sentence."; return; }
       const names = await pieces("base", words);
       try {
         opened = opened || (await (await import(`${here}attention.js`)).open(engines.base.file));
