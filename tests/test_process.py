@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from string import ascii_lowercase
 
 import openai
@@ -16,7 +17,7 @@ import pytest
 from disks import fill, make_read_only, small_disk
 
 from companion import backend
-from companion.backend import CHAT_MODEL
+from companion.backend import CHAT_MODEL, EMBEDDING_MODEL
 from companion.evaluation import Sample, evaluate
 from companion.local import process
 from companion.local.process import EndpointError
@@ -41,6 +42,17 @@ def comes_true(condition, seconds: float = 60) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def test_a_new_endpoint_with_both_models_stays_below_600_mb(own_home):
+    client = backend.client()
+    client.embeddings.create(model=EMBEDDING_MODEL, input=["a tent"] * 32)
+    with ThreadPoolExecutor(8) as pool:
+        for reply in pool.map(
+            lambda _: client.chat.completions.create(model=CHAT_MODEL, messages=HI, max_tokens=16), range(8)
+        ):
+            assert reply.usage.completion_tokens
+    assert psutil.Process(process.running().pid).memory_info().rss < 600e6
 
 
 @pytest.mark.slow

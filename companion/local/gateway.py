@@ -8,6 +8,7 @@ what an answer says is llama.cpp's work. Every route asks for the token.
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import functools
 import hmac
 import json
@@ -36,6 +37,7 @@ from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, Re
 log = logging.getLogger("companion.endpoint")
 CREATED = 1731369600  # SmolLM2's release, November 2024
 LARGEST_BODY = 32 << 20  # bytes
+REST = 15.0  # seconds between two looks at whether there is anything to do
 Found = TypeVar("Found")
 
 
@@ -322,9 +324,7 @@ def serve(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state: State = app.state.held
         warm = asyncio.create_task(asyncio.to_thread(_warm, state))
-        watch = asyncio.create_task(
-            _leave_when_idle(state, idle, lambda: setattr(server, "should_exit", True))
-        )
+        watch = asyncio.create_task(_at_rest(state, idle, lambda: setattr(server, "should_exit", True)))
         state.supervisor.start()
         if shared:
             process.announce(process.Endpoint(base_url, token, os.getpid()))
@@ -350,15 +350,28 @@ def _warm(state: State) -> None:
         state.engines.get(next(name for name, entry in weights.MODELS.items() if entry.kind == "chat"))
 
 
-async def _leave_when_idle(state: State, idle: float, leave: Callable[[], None]) -> None:
-    while idle:
-        await asyncio.sleep(min(idle / 4, 15))
-        if state.open_requests or time.monotonic() - state.last_request < idle:
+async def _at_rest(state: State, idle: float, leave: Callable[[], None]) -> None:
+    """Between requests: memory goes back to the system; after `idle` seconds models, then the process, go."""
+    tidied = 0.0
+    while True:
+        await asyncio.sleep(min(idle / 4, REST) if idle else REST)
+        if state.open_requests:
+            continue
+        if state.last_request > tidied:
+            tidied = time.monotonic()
+            await asyncio.to_thread(_trim)
+        if not idle or time.monotonic() - state.last_request < idle:
             continue
         await asyncio.to_thread(state.engines.close)
         if not state.store.busy() and not process.leases():
             leave()
             return
+
+
+def _trim() -> None:
+    """glibc keeps what large requests took, in a heap for each of many threads; others do not."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main() -> None:

@@ -140,7 +140,8 @@ def _start(wait: float) -> Endpoint:
             stdout=out,
             stderr=out,
             cwd=home(),
-            env=os.environ | {"COMPANION_ENDPOINT_TOKEN": token},
+            # glibc would keep a heap for each of llama.cpp's many threads.
+            env={"MALLOC_ARENA_MAX": "2"} | os.environ | {"COMPANION_ENDPOINT_TOKEN": token},
             **apart,
         )
     deadline = time.monotonic() + wait
