@@ -198,6 +198,30 @@ def test_formulas_are_set_at_build_and_carried_as_text_for_screen_readers(copy, 
 
 
 @pytest.mark.slow
+def test_percentages_do_not_break_and_code_keeps_its_own(copy, tmp_path):
+    page = copy / "chapters" / "about.md"
+    options = "".join(f"<details><summary>{share} % do.</summary>\n\nNo.\n\n</details>\n" for share in (3, 4))
+    text = f"From 1% to 2 %, `5 %`, %a, $6\\%$.\n\n    x = 7 % 8\n\n**1. Who?**\n\n{options}"
+    page.write_text(page.read_text("utf-8") + "\n" + text, "utf-8")
+    file = copy / "chapters" / "01_what_is_chatgpt.ipynb"
+    notebook = nbformat.read(file, 4)
+    about = {"scrapbook": {"name": "share", "mime_prefix": "application/papermill.record/"}}
+    data = {"application/papermill.record/text/plain": "'9%'"}
+    notebook.cells[1].outputs = [
+        nbformat.v4.new_output("stream", text="10 %"),
+        nbformat.v4.new_output("display_data", data, metadata=about),
+    ]
+    notebook.cells.append(nbformat.v4.new_markdown_cell("Glued: {glue:text}`share`."))
+    nbformat.write(notebook, file)
+    html = build_module(copy).build(tmp_path / "html")
+    article = read(html / "about.html").select_one("article").get_text()
+    assert "From 1\N{NO-BREAK SPACE}% to 2\N{NO-BREAK SPACE}%, 5 %, %a," in article
+    assert "x = 7 % 8" in article and "3\N{NO-BREAK SPACE}% do." in article
+    article = read(html / "01_what_is_chatgpt.html").select_one("article").get_text()
+    assert "Glued: 9\N{NO-BREAK SPACE}%." in article and "10 %" in article
+
+
+@pytest.mark.slow
 def test_each_quiz_question_has_options_one_of_them_right_and_a_reason_for_each(book):
     found = 0
     for page in CHAPTERS:

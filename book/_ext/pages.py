@@ -13,6 +13,7 @@ and `jupyter-book build -W` turns warnings into errors.
 """
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -48,6 +49,8 @@ NAMES = {
     "#pst-primary-sidebar-modal, #pst-primary-sidebar": "Contents and search",
     "#pst-secondary-sidebar-modal, #pst-secondary-sidebar": "On this page",
 }
+CODE = "pre, code, script, style, .math, .output"
+PERCENT = re.compile(r"(?<=\d)\s?%(?!\w)")
 LOADED = "script[src], img[src], iframe[src], source[src], video[src], audio[src], embed[src]"
 
 
@@ -140,6 +143,7 @@ def finish(app, exception):
         mend_scripts(soup)
         mend_body(soup, page.parent)
         box_objectives(soup)
+        set_percents(soup)
         set_cover(soup)
         components.quizzes(soup)
         slim.drop_idle_scripts(soup)
@@ -283,6 +287,13 @@ def box_objectives(soup):
             box = soup.new_tag("div", attrs={"class": "objectives"})
             start.insert_before(box)
             box.extend([start.extract(), following.extract()])
+
+
+def set_percents(soup):
+    """Write each percentage with a space that does not break; code and outputs stay as they are."""
+    for text in soup.find_all(string=PERCENT):
+        if not text.parent.css.closest(CODE):
+            text.replace_with(PERCENT.sub("\N{NO-BREAK SPACE}%", text))
 
 
 def load_problems(soup, page, out):
