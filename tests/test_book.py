@@ -1,5 +1,7 @@
 """The built book: every page stands on its own, and the build refuses what would break it."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -14,6 +16,7 @@ import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
@@ -219,6 +222,25 @@ def test_percentages_do_not_break_and_code_keeps_its_own(copy, tmp_path):
     assert "x = 7 % 8" in article and "3\N{NO-BREAK SPACE}% do." in article
     article = read(html / "01_what_is_chatgpt.html").select_one("article").get_text()
     assert "Glued: 9\N{NO-BREAK SPACE}%." in article and "10 %" in article
+
+
+@pytest.mark.slow
+def test_a_figure_on_the_page_has_the_pixels_of_the_notebook(book):
+    (figures,) = [
+        [
+            base64.b64decode(output["data"]["image/png"])
+            for output in cell.outputs
+            if "image/png" in output.data
+        ]
+        for cell in nbformat.read(ROOT / "chapters" / "01_what_is_chatgpt.ipynb", 4).cells
+        if cell.get("id") == "next-figure"
+    ]
+    shown = read(book / "01_what_is_chatgpt.html").select("article figure img")
+    files = [book / image["src"] for image in shown]
+    assert all(file.suffix == ".webp" for file in files)
+    stored = Image.open(io.BytesIO(figures[0])).convert("RGBA").tobytes()
+    assert [file for file in files if Image.open(file).convert("RGBA").tobytes() == stored]
+    assert max(file.stat().st_size for file in files) < len(figures[0])
 
 
 @pytest.mark.slow
