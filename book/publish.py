@@ -1,9 +1,9 @@
 """Say where the repository is: `python book/publish.py https://github.com/you/gpt-at-work`.
 
 Writes the address into `book/_config.yml`, so that the pages have buttons for Binder and Colab (and for
-the JupyterHub that is named there), and into every notebook a first cell that installs the course where
-it is missing, as on Colab. `python book/publish.py ""` takes both away again. Binder and a dev container
-need no such cell: `.binder/` and `.devcontainer/` install the course.
+the JupyterHub that is named there), and into every notebook a first cell that fetches and installs the
+course where it is missing, as on Colab. `python book/publish.py ""` takes both away again. Binder and a dev
+container need no such cell: `.binder/` and `.devcontainer/` install the course.
 """
 
 import json
@@ -15,11 +15,13 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 ID = "install-the-course"
 CELL = """\
-# Where the course is not installed, as on Colab, install it.
+# Where the course is not installed, as on Colab, fetch it, install it, and stand where its notebooks do.
 from importlib.util import find_spec
 
 if find_spec("companion") is None:
-    %pip install -q "companion[train] @ git+{address}\""""
+    !git clone -q --depth 1 --branch {branch} {address} course
+    %pip install -q "./course[train]"
+    %cd -q course/{folder}"""
 
 
 def publish(address: str, root: Path = ROOT) -> int:
@@ -40,19 +42,21 @@ def publish(address: str, root: Path = ROOT) -> int:
     if count != 1:
         raise ValueError(f"{config} has no line `url:` below `repository:`: add it")
     config.write_text(text, encoding="utf-8")
+    branch = re.search(r"(?m)^  branch: (\S+)$", text)[1]
     changed = 0
     for file in sorted([*(root / "chapters").glob("*.ipynb"), *(root / "exercises").glob("*.ipynb")]):
         before = file.read_text(encoding="utf-8")
         notebook = json.loads(before)
         cells = [cell for cell in notebook["cells"] if cell.get("id") != ID]
         if address:
+            cell = CELL.format(address=address, branch=branch, folder=file.parent.name)
             first = {
                 "cell_type": "code",
                 "execution_count": None,
                 "id": ID,
                 "metadata": {"tags": ["remove-cell", "nbval-skip"]},
                 "outputs": [],
-                "source": CELL.format(address=address).splitlines(keepends=True),
+                "source": cell.splitlines(keepends=True),
             }
             cells.insert(0, first)
         notebook["cells"] = cells

@@ -289,7 +289,9 @@ def test_publishing_writes_a_first_cell_that_installs_and_takes_it_away_again(co
     publish.publish("https://github.com/you/course", copy)
     for file in before:
         first = json.loads(file.read_text("utf-8"))["cells"][0]
-        assert "git+https://github.com/you/course" in "".join(first["source"])
+        code = "".join(first["source"])
+        assert "git clone -q --depth 1 --branch main https://github.com/you/course course" in code
+        assert code.endswith("%cd -q course/chapters")
         assert {"remove-cell", "nbval-skip"} <= set(first["metadata"]["tags"])
     publish.publish("", copy)
     assert {file: json.loads(file.read_text("utf-8")) for file in before} == {

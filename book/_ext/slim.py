@@ -1,4 +1,4 @@
-"""Pages that weigh little: one style sheet with what the book uses, few icons, no idle script, small pictures.
+"""Pages that weigh little: one style sheet with what is used, few icons, no idle script, small pictures.
 
 The theme's style sheets hold ten times more rules than the pages need. After the build the rules whose
 classes, ids and elements occur in no page and in no script are left out, the rest becomes one file. Rules
