@@ -12,8 +12,9 @@ written by people, in `_say…`; `phrase` may reword them, and what it returns i
 holds.
 
 `state` is "listening", "asking" (for a fact), "confirming" (a proposal has been read out) or "handed over".
-A proposal is confirmed by `says_yes` alone, which takes a plain yes and nothing else. It does not talk about
-anything but orders and the public articles, holds one wish at a time, and reads English only.
+A proposal is confirmed by `says_yes` alone, which takes a plain yes and nothing else. The second message that
+it does not understand goes to a person. It does not talk about anything but orders and the public articles,
+holds one wish at a time, and reads English only.
 """
 
 from __future__ import annotations
@@ -221,6 +222,7 @@ class Assistant:
         self.slots: dict[str, str] = {}
         self.transcript: list[dict[str, str]] = []
         self._orders: list[str] = []
+        self._missed = 0  # messages that were not understood
 
     def reply(self, text: str) -> str:
         """The answer to the customer's next message."""
@@ -257,7 +259,8 @@ class Assistant:
         if self.state == "confirming":
             return "I need a plain yes or no before I do that. Shall I?"
         if self.wish is None:
-            return _OFFER
+            self._missed += 1  # asking a second time would help nobody
+            return _OFFER if self._missed % 2 else self._hand_over("other", text)
         return getattr(self, f"_{self.wish}")(text)
 
     def _read(self, text):

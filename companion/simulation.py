@@ -234,8 +234,8 @@ def _judge(trial, desk):
     trial.false_promises = false_promises(said, _BEFORE, after)
     low = " ".join(said).lower()
     trial.wrong += [f"{table} differs" for table in after if after[table] != wanted[table]]
-    trial.wrong += [f"did not say {task.says!r}"] if task.says and not re.search(task.says, low) else []
-    trial.wrong += [f"said {task.never!r}"] if task.never and re.search(task.never, low) else []
+    trial.wrong += [f"did not say '{task.says}'"] if task.says and not re.search(task.says, low) else []
+    trial.wrong += [f"said '{task.never}'"] if task.never and re.search(task.never, low) else []
     trial.wrong += [f"claimed {name}" for name in trial.false_promises]
 
 
