@@ -157,8 +157,8 @@ def tickets(split=None):
     Returns a frame with id, channel ("email", "chat", "web_form", "social"), language, customer_id,
     created, subject, text, intent, second_intent, urgency ("low", "normal", "high"), sentiment ("positive",
     "neutral", "frustrated", "angry"), slots (a dict of what the subject or the text states: order_id,
-    product, size, colour, email, amount in GBP, date, postcode, code, quantity, country), safety (bool: injury
-    or danger) and split. What is missing is NaN.
+    product, size, colour, email, amount in GBP, date, postcode, code, quantity, country), safety (bool:
+    injury or danger) and split. What is missing is NaN.
     """
     _check("split", split, _SPLITS)
     import pandas as pd
