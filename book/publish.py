@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 ID = "install-the-course"
@@ -29,10 +28,8 @@ def publish(address: str, root: Path = ROOT) -> int:
 
     Raises ValueError for an address that git could not fetch from without a password.
     """
-    parts = urlsplit(address)
-    if address and (
-        parts.scheme != "https" or not parts.netloc or parts.path.count("/") < 2 or "@" in address
-    ):
+    plain = re.fullmatch(r"https://[\w.:-]+(/[\w.~-]+){2,}/?", address, re.ASCII)
+    if address and not plain:
         raise ValueError(
             f"{address!r} is not a repository's address: give one like https://github.com/you/course"
         )
@@ -41,15 +38,16 @@ def publish(address: str, root: Path = ROOT) -> int:
     text, count = re.subn(r"(?m)^(repository:\n  url: ).*$", rf'\g<1>"{address}"', text)
     if count != 1:
         raise ValueError(f"{config} has no line `url:` below `repository:`: add it")
+    if not (branch := re.search(r"(?m)^  branch: ([\w./-]+)$", text)):
+        raise ValueError(f"{config} has no line `branch:` below `repository:`: add it")
     config.write_text(text, encoding="utf-8")
-    branch = re.search(r"(?m)^  branch: (\S+)$", text)[1]
     changed = 0
     for file in sorted([*(root / "chapters").glob("*.ipynb"), *(root / "exercises").glob("*.ipynb")]):
         before = file.read_text(encoding="utf-8")
         notebook = json.loads(before)
         cells = [cell for cell in notebook["cells"] if cell.get("id") != ID]
         if address:
-            cell = CELL.format(address=address, branch=branch, folder=file.parent.name)
+            cell = CELL.format(address=address, branch=branch[1], folder=file.parent.name)
             first = {
                 "cell_type": "code",
                 "execution_count": None,

@@ -58,6 +58,7 @@ ALLOWED = {
     },
     "companion.local.training": {
         "companion.local.training",
+        "companion.local.memory",
         "companion.local.weights",
         "companion.local.engine",
         "companion.local.toolcalls",

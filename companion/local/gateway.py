@@ -8,7 +8,6 @@ what an answer says is llama.cpp's work. Every route asks for the token.
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import functools
 import hmac
 import json
@@ -28,7 +27,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import completions, files, jobs, process, responses, weights
+from . import completions, files, jobs, memory, process, responses, weights
 from .engine import Engine, Engines
 from .store import Store, StoreError
 from .supervisor import Supervisor
@@ -359,19 +358,13 @@ async def _at_rest(state: State, idle: float, leave: Callable[[], None]) -> None
             continue
         if state.last_request > tidied:
             tidied = time.monotonic()
-            await asyncio.to_thread(_trim)
+            await asyncio.to_thread(memory.trim)
         if not idle or time.monotonic() - state.last_request < idle:
             continue
         await asyncio.to_thread(state.engines.close)
         if not state.store.busy() and not process.leases():
             leave()
             return
-
-
-def _trim() -> None:
-    """glibc keeps what large requests took, in a heap for each of many threads; others do not."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main() -> None:

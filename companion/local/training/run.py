@@ -6,8 +6,6 @@ drawn after the start, so a run that was stopped ends as one that was not, but f
 step that is done again tells its event again, under the same key: a reader takes the first of each.
 """
 
-import contextlib
-import ctypes
 import errno
 import json
 import math
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .. import weights
+from .. import memory, weights
 from . import adapter
 from .examples import Encoder, ExampleError, Tokens, batches, pieces
 from .model import Model
@@ -114,8 +112,7 @@ class Run:
         self.validation = self._load(encoder, "validation", "validation_file")
         device, dtype = device_and_dtype()
         self.model = Model(base, seed=self.job["seed"], device=device, dtype=dtype)
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what the float32 weights took, some 400 MB
+        memory.trim()  # what the float32 weights took, some 400 MB
         self.values = torch.nn.Parameter(self.model.parameters)
         self.values.grad = self.model.gradient
         self.optimizer = torch.optim.AdamW([self.values], betas=(0.9, 0.999), weight_decay=0.0, fused=True)
