@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 CHAT_MODEL = "smollm2-135m-instruct"
 EMBEDDING_MODEL = "all-minilm-l6-v2"
-_clients: dict[tuple[str, str], OpenAI] = {}
+HOSTED = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # what the SDK reads
+_clients: dict[tuple[str | None, ...], OpenAI] = {}
 
 
 def is_local() -> bool:
@@ -36,7 +37,10 @@ def client() -> OpenAI:
     import openai
 
     if not is_local():
-        return openai.OpenAI()
+        key = tuple(os.environ.get(name) for name in HOSTED)
+        if key not in _clients:
+            _clients[key] = openai.OpenAI()
+        return _clients[key]
     from companion.local import process
 
     endpoint = process.ensure()

@@ -164,11 +164,10 @@ def compare(
     a, b = [pair[0] for pair in pairs.values()], [pair[1] for pair in pairs.values()]
     clusters = clusters_of([before[id] for id in pairs])
     found = metrics.paired(a, b, clusters, level=level, seed=seed)
-    low, high = found.difference.low, found.difference.high
-    verdict = "better" if low is not None and low > 0 else "cannot tell"
     sides = list(zip(*there.values(), strict=True)) or ([], [])
     scored = metrics.paired(*sides, clusters_of([before[id] for id in there]), level=level, seed=seed)
-    if any(end is not None and end < -margin for end in (high, scored.difference.high)):
+    verdict = "better" if _ends(found)[0] > 0 else "cannot tell"
+    if min(_ends(found)[1], _ends(scored)[1]) < -margin:
         verdict = "worse"
     changed = {id: pair for id, pair in pairs.items() if pair[0] != pair[1]}
     return Comparison(
@@ -183,6 +182,18 @@ def compare(
         dict(left_out),
         _needed(found),
     )
+
+
+def _ends(found: metrics.Paired) -> tuple[float, float]:
+    """Between which differences the true one lies, as far as can be told.
+
+    Where every sample, or every cluster's mean, differs by the same, there is no interval to give; there the
+    test alone decides, and what it cannot put down to chance is taken as it was found.
+    """
+    low, high = found.difference.low, found.difference.high
+    if low is None and found.difference.value and found.p_value < 1 - found.difference.level:
+        low = high = found.difference.value
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _needed(found: metrics.Paired) -> int | None:

@@ -213,6 +213,8 @@ def as_json(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)  # a set's own order changes from one Python process to the next
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

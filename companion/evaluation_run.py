@@ -6,8 +6,10 @@ A solver runs in this process: one that hangs is given up, but its thread cannot
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import inspect
+import json
 import math
 import numbers
 import sys
@@ -80,12 +82,23 @@ def prepare(solver: Any, timeout: float | None, request: dict[str, Any]) -> Aske
         takes_seed = "seed" in inspect.signature(solver).parameters
     except (ValueError, TypeError):
         takes_seed = False
-    described = {"function": name}
-    with suppress(OSError, TypeError):  # its source is not known
-        described["source"] = hashlib.sha256(inspect.getsource(solver).encode()).hexdigest()[:12]
+    described = _described(solver)
     if takes_seed:
         return Asked(name, described, lambda input, seed: solver(input, seed=seed))
     return Asked(name, described, lambda input, seed: solver(input))
+
+
+def _described(solver: Callable[..., Any]) -> dict[str, Any]:
+    """What a log knows a function by: its name, its source, and what `functools.partial` has filled in."""
+    if isinstance(solver, functools.partial):
+        given = {"args": solver.args, "keywords": solver.keywords}
+        return _described(solver.func) | {"given": json.loads(as_json(given))}
+    described = {"function": getattr(solver, "__name__", type(solver).__name__)}
+    plain = inspect.isroutine(solver) or inspect.isclass(solver)
+    with suppress(OSError, TypeError):  # its source is not known
+        source = inspect.getsource(solver if plain else type(solver))
+        described["source"] = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return described
 
 
 class _Model:

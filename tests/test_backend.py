@@ -27,6 +27,15 @@ def test_a_hosted_backend_takes_the_sdks_own_variables(monkeypatch):
     assert (str(hosted.base_url), hosted.api_key) == ("https://hosted.example/v1/", "a-real-key")
 
 
+def test_the_hosted_client_is_made_once_for_one_account(monkeypatch):
+    monkeypatch.setenv("COMPANION_BACKEND", "openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "a-real-key")
+    first = backend.client()
+    assert backend.client() is first
+    monkeypatch.setenv("OPENAI_API_KEY", "another-key")
+    assert backend.client().api_key == "another-key"
+
+
 def test_a_hosted_backend_without_a_key_says_which_variable_is_missing(monkeypatch):
     monkeypatch.setenv("COMPANION_BACKEND", "openai")
     with pytest.raises(openai.OpenAIError, match="OPENAI_API_KEY"):

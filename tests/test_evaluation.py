@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -774,6 +775,36 @@ def test_a_log_is_refused_once_the_function_was_rewritten(tmp_path):
         run(second, FIVE, log=tmp_path / "log.jsonl")
 
 
+def test_a_log_is_refused_once_another_value_was_filled_into_a_function(tmp_path):
+    asked = []
+
+    def answer(text, word):
+        asked.append(text)
+        return word
+
+    first, second = partial(answer, word="1"), partial(answer, word="2")
+    run(first, FIVE, log=tmp_path / "log.jsonl")
+    run(first, FIVE, log=tmp_path / "log.jsonl")
+    assert len(asked) == len(FIVE)
+    with pytest.raises(ValueError, match="solver"):
+        run(second, FIVE, log=tmp_path / "log.jsonl")
+
+
+def test_a_set_is_written_the_same_way_by_every_process():
+    code = "from companion.evaluation_log import as_json; print(as_json({'a', 'b', 'c', 'd'}).decode())"
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert said == {'["a", "b", "c", "d"]\n'}
+
+
 def test_a_comparison_says_what_changed_and_what_was_left_out():
     old = run(lambda text: number_in(text), FIVE[:4], name="old prompt")
     samples = [FIVE[0], Sample("question 1", "one", "s1"), FIVE[2], FIVE[3], FIVE[4]]
@@ -832,6 +863,39 @@ def test_conversations_make_a_difference_less_sure():
     together = compare(*runs).difference.difference
     assert together.value == alone.value
     assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def conversations(scores):
+    """A run of 40 samples, each in a conversation of its own."""
+    samples = [Sample(f"q{i}", id=f"s{i}", metadata={"conversation": i}) for i in range(40)]
+    answers = {sample.input: score for sample, score in zip(samples, scores, strict=True)}
+    return run(
+        lambda text: None if answers[text] is None else text,
+        samples,
+        lambda answer, sample: answers[sample.input],
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        ([1] * 40, [0] * 40, "worse"),
+        ([0] * 40, [1] * 40, "better"),
+        ([1] * 40, [None] * 40, "worse"),
+        ([1] * 40, [1] * 40, "cannot tell"),
+        ([0.5] * 40, [0.25] * 40, "worse"),
+    ],
+)
+def test_a_change_that_is_the_same_everywhere_is_told_though_it_has_no_interval(old, new, verdict):
+    found = compare(conversations(old), conversations(new))
+    assert found.verdict == verdict, found
+    if None not in new:
+        assert pair(old, new).verdict == verdict
+
+
+def test_a_change_of_one_sample_that_is_within_the_margin_or_alone_is_not_told():
+    assert pair([1], [0]).verdict == pair([0.5], [0.25]).verdict == "cannot tell"
+    assert pair([0.5] * 40, [0.45] * 40, margin=0.1).verdict == "cannot tell"
 
 
 def test_runs_that_cannot_be_compared_are_refused():

@@ -1,11 +1,12 @@
 """How tools, calls and results are written as text, and read back."""
 
+import asyncio
 import json
 
 import pytest
 from llguidance import LLMatcher
 
-from companion.local import toolcalls
+from companion.local import completions, toolcalls, wire
 from companion.local.wire import ApiError, Message, NamedTool, Tool
 
 ORDER = Tool.model_validate(
@@ -24,6 +25,7 @@ ORDER = Tool.model_validate(
 )
 PING = Tool.model_validate({"type": "function", "function": {"name": "ping"}})
 CALL = {"id": "call_1", "type": "function", "function": {"name": "ping", "arguments": "{}"}}
+WRITTEN = '<tool_call>{"name": "ping", "arguments": {}}</tool_call>'
 
 
 def named(name):
@@ -76,6 +78,21 @@ def test_a_named_function_leaves_out_the_others():
 def test_none_and_no_tools_leave_the_model_free():
     assert toolcalls.call_grammar([ORDER], "none") is None
     assert toolcalls.call_grammar([], "required") is None
+
+
+def test_where_no_tool_may_be_called_what_looks_like_a_call_is_text():
+    class Upstream:
+        async def answer(self, engine, route, body):
+            choice = {"message": {"content": WRITTEN}, "finish_reason": "stop"}
+            usage = {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10}
+            return {"choices": [choice], "usage": usage}
+
+    hello = [{"role": "user", "content": "Hi"}]
+    for choice, text in (("none", WRITTEN), ("auto", None)):
+        request = wire.ChatRequest(model="m", messages=hello, tools=[PING], tool_choice=choice)
+        answer = asyncio.run(completions.chat(Upstream(), None, request))["choices"][0]
+        assert answer["message"]["content"] == text
+        assert (answer["finish_reason"] == "tool_calls") == (choice == "auto")
 
 
 def test_a_name_that_is_no_tool_is_refused():

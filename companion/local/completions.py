@@ -25,6 +25,7 @@ from .wire import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, Pe
 CHAT, TEXT_COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPTS = {CHAT: "messages", TEXT_COMPLETION: "prompt", "/v1/embeddings": "input"}
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+SEEDS = 2**32 - 1  # llama.cpp draws a random seed where it is given 2**32 - 1
 LONGEST_ANSWER = 1024  # tokens, where the request sets no limit: a small model may never stop by itself
 
 # Reading an event costs a client about as much processor time as some of its tokens took. So one event holds
@@ -182,7 +183,7 @@ def engine_body(request: ChatRequest) -> dict[str, Any]:
             raise ApiError(
                 f"Unsupported parameter: '{name}'. Use 'tools'.", param=name, code="unsupported_parameter"
             )
-    tools = [] if request.tool_choice == "none" else request.tools or []
+    tools = request.tools or []
     if request.tool_choice not in (None, "none") and not tools:
         message = "'tool_choice' is only allowed when 'tools' are specified."
         raise ApiError(message, param="tool_choice", code="invalid_value")
@@ -222,7 +223,7 @@ def sampling(request: Penalised) -> dict[str, Any]:
         "stop": stop,
     }
     if request.seed is not None:
-        body["seed"] = request.seed % 2**32
+        body["seed"] = request.seed % SEEDS
     for name in ("presence_penalty", "frequency_penalty"):
         if (value := getattr(request, name)) is not None:
             body[name] = value
@@ -282,7 +283,7 @@ def _byte_tokens():
 def several(body: dict, n: int) -> list[dict]:
     """The same request n times, each with a seed of its own where a seed is set."""
     return [
-        body | ({"seed": (body["seed"] + number) % 2**32} if "seed" in body else {}) for number in range(n)
+        body | ({"seed": (body["seed"] + number) % SEEDS} if "seed" in body else {}) for number in range(n)
     ]
 
 

@@ -19,6 +19,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    model_validator,
 )
 
 Tokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]  # a limit of tokens; llama.cpp counts in 32 bits
@@ -145,6 +146,12 @@ class ChatRequest(Penalised):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(default=None, max_length=128, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+
+    @model_validator(mode="after")
+    def _no_tools_where_none_may_be_called(self):
+        if self.tool_choice == "none" and self.tools:
+            self.tools = None
+        return self
 
 
 class CompletionRequest(Penalised):
