@@ -97,7 +97,7 @@ _SIGNS = {
 }
 _POSTCODE = (
     r"\b[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}\b|\b[A-Z]\d[\dW] ?[A-Z\d]{4}\b"
-    r"|(?<=postcode )\d{4,5}|(?<=postcode is )\d{4,5}"
+    r"|(?<=postcode )(?:\d{3} \d{2}\b|\d{4,5})|(?<=postcode is )(?:\d{3} \d{2}\b|\d{4,5})"
 )
 _STREET = (
     r"(\d+[a-z]? [\w' ]+? (?:street|road|rise|lane|avenue|close|way|hill|drive|st|rd))"
@@ -120,16 +120,17 @@ def urgent_sign(text: str) -> str | None:
 def read_facts(text: str) -> dict[str, str]:
     """What stands in the text: order_id, email, postcode, size, street and city, unused and settle."""
     found = {}
+    # A postcode may look like the number of an order; a number after "FW" does not look like a postcode.
+    without = re.sub(_POSTCODE, " ", text, flags=re.IGNORECASE)
+    if match := re.search(r"(?<![\d.])(?:FW)?[- ]?(1\d{4})(?!\d)", without, re.IGNORECASE):
+        found["order_id"] = f"FW-{match[1]}"
     for name, pattern in (
-        ("order_id", r"(?<![\d.])(?:FW)?[- ]?(1\d{4})(?!\d)"),
         ("email", r"([\w.+-]+@[\w-]+\.[\w.-]*\w)"),
         ("postcode", f"({_POSTCODE})"),
         ("size", r"\b(?:size |an? |to |in |make it )(XXL|XL|XS|S|M|L|3[6-9]|4[0-8]|\d-\dy)\b"),
     ):
         if match := re.search(pattern, text, re.IGNORECASE):
             found[name] = match[1].upper() if name in ("postcode", "size") else match[1]
-    if "order_id" in found:
-        found["order_id"] = f"FW-{found['order_id']}"
     if match := re.search(_STREET, text, re.IGNORECASE):
         found["street"], found["city"] = match[1], match[2]
     low = text.lower()

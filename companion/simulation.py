@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from companion import shop
@@ -168,18 +169,18 @@ def run(task: Task, start: Callable[[Desk], Callable[[str], str]], seed: int, tu
         `lambda desk: Assistant(desk).reply`.
     turns: messages of the customer, at most.
     """
-    desk = Desk(shop.database())
-    reply, customer = start(desk), Customer(task, seed)
-    transcript, heard = [], None
-    for _ in range(turns):
-        said = customer.speak(heard)
-        if said is None:
-            break
-        heard = reply(said)
-        transcript += [{"role": "user", "content": said}, {"role": "assistant", "content": heard}]
-    trial = Trial(task, seed, transcript)
-    _judge(trial, desk)
-    desk.connection.close()
+    with closing(shop.database()) as connection:
+        desk = Desk(connection)
+        reply, customer = start(desk), Customer(task, seed)
+        transcript, heard = [], None
+        for _ in range(turns):
+            said = customer.speak(heard)
+            if said is None:
+                break
+            heard = reply(said)
+            transcript += [{"role": "user", "content": said}, {"role": "assistant", "content": heard}]
+        trial = Trial(task, seed, transcript)
+        _judge(trial, desk)
     return trial
 
 

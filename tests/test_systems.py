@@ -180,6 +180,19 @@ def test_the_same_proposal_has_the_same_token_until_something_was_done(connectio
 # Policies
 
 
+@pytest.mark.parametrize("postcode", ["10117", "H91 X2YT", "75008", "?"])
+def test_an_address_stays_in_its_country(connection, postcode):
+    desk = known(connection, PROCESSING)
+    answer = desk.change_address(order_id=PROCESSING, street="1 Main St", city="Berlin", postcode=postcode)
+    assert (answer["status"], answer["policy"]) == ("refused", "order-changes")
+    assert repr(postcode) in answer["reason"]
+
+
+def test_every_customers_own_postcode_is_one_of_their_country(connection):
+    rows = connection.execute("SELECT country, postcode FROM customers").fetchall()
+    assert all(systems.fits_country(row["postcode"], row["country"]) for row in rows)
+
+
 @pytest.mark.parametrize("order_id", [PACKED, DELAYED, LOST])
 def test_an_order_that_has_moved_on_is_not_changed(connection, order_id):
     desk = known(connection, order_id)
@@ -443,7 +456,7 @@ def wish(rng, facts, mine, tokens):
             ("order_status", {"order_id": order_id}),
             ("cancel_order", {"order_id": order_id}),
             ("change_item", {"order_id": order_id, "sku": sku, "size": rng.choice(["M", "44", "9"])}),
-            ("change_address", {"order_id": order_id, "street": "x", "city": "y", "postcode": "z"}),
+            ("change_address", {"order_id": order_id, "street": "x", "city": "y", "postcode": postcode}),
             ("start_return", {"order_id": order_id, "sku": sku, "unused": rng.random() < 0.8}),
             ("settle_lost_order", {"order_id": order_id, "wish": rng.choice(["resend", "refund"])}),
             ("give_credit", {"order_id": order_id, "amount": rng.choice([5, 10, 15, 40]), "reason": reason}),

@@ -54,6 +54,22 @@ URGENT = {
 QUEUE = {"approval": ("team lead", "tomorrow at 17:00"), "other": ("support", "2 working days")}
 SIGNS = {**URGENT, **QUEUE}
 
+# How postcodes look, where they are not five digits.
+_POSTCODES = {
+    "GB": r"[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}",
+    "IE": r"[A-Z]\d[\dW] ?[A-Z\d]{4}",
+    "SE": r"\d{3} ?\d{2}",
+    "NL": r"\d{4}(?: ?[A-Z]{2})?",
+    "PT": r"\d{4}(?:-\d{3})?",
+    **dict.fromkeys(("AT", "BE", "DK", "SI"), r"\d{4}"),
+}
+
+
+def fits_country(postcode: str, country: str) -> bool:
+    """Whether it looks like a postcode of the country, a two-letter code."""
+    return bool(re.fullmatch(_POSTCODES.get(country, r"\d{5}"), postcode.strip().upper()))
+
+
 CREDIT_REASONS = ("our_mistake", "lost_parcel", "same_fault_twice")
 
 _TABLES = """
@@ -328,7 +344,14 @@ class Desk:
         return self._propose("change_address", order_id=order_id, street=street, city=city, postcode=postcode)
 
     def _plan_change_address(self, order_id, street, city, postcode):
-        self._processing(self._order(order_id))
+        order = self._order(order_id)
+        self._processing(order)
+        if not fits_country(postcode, order["country"]):
+            raise _Refused(
+                "order-changes",
+                f"An address can only be changed within one country, and {postcode!r} is no postcode of"
+                f" {order['country']}.",
+            )
 
         def act():
             self._do("INSERT OR REPLACE INTO addresses VALUES (?, ?, ?, ?)", order_id, street, city, postcode)
