@@ -148,6 +148,7 @@ def finish(app, exception):
         components.quizzes(soup)
         slim.drop_idle_scripts(soup)
     slim.lighten_pictures(pages, out)
+    slim.lighten_mathematics(pages, out)
     slim.join_styles(pages, out)
     for page, soup in pages.items():
         page.write_text(str(soup), encoding="utf-8")

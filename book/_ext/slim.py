@@ -197,21 +197,38 @@ def without_unused_variables(css, markup, out):
 
 def with_few_icons(css, out):
     """Cut the icons' font down to those that a rule still draws."""
-    from fontTools import subset
-
     wanted = {ord(letter) for letter in css if "\uf000" <= letter <= "\uf8ff"}
     found = re.search(r"url\(([^)]*fa-solid-900\.woff2)\)", css)
     if not found:
         return css
-    source = out / "_static" / found[1]
-    options = subset.Options(flavor="woff2", layout_features=[], name_IDs=[], notdef_outline=True)
-    font = subset.load_font(str(source), options)
-    cutter = subset.Subsetter(options)
-    cutter.populate(unicodes=wanted)
-    cutter.subset(font)
-    font.flavor = "woff2"
-    data = io.BytesIO()
-    font.save(data)
-    (out / "_static" / "fonts" / "icons.woff2").write_bytes(data.getvalue())
+    few = _with_few_letters(out / "_static" / found[1], wanted)
+    (out / "_static" / "fonts" / "icons.woff2").write_bytes(few)
     face = re.compile(r"src:[^;}]*fa-solid-900[^;}]*")
     return face.sub('src:url(fonts/icons.woff2) format("woff2")', css)
+
+
+def lighten_mathematics(pages, out):
+    """Cut the fonts of the formulas down to the letters that a formula shows."""
+    letters = {
+        ord(letter)
+        for soup in pages.values()
+        for formula in soup.select(".katex-html")
+        for letter in formula.get_text()
+    }
+    for file in (out / "_static" / "math" / "fonts").glob("*.woff2"):
+        file.write_bytes(_with_few_letters(file, letters))
+
+
+def _with_few_letters(font, letters):
+    """A font file as woff2 that has only these letters, given as code points."""
+    from fontTools import subset
+
+    options = subset.Options(flavor="woff2", layout_features=[], name_IDs=[], notdef_outline=True)
+    few = subset.load_font(str(font), options)
+    cutter = subset.Subsetter(options)
+    cutter.populate(unicodes=letters)
+    cutter.subset(few)
+    few.flavor = "woff2"
+    data = io.BytesIO()
+    few.save(data)
+    return data.getvalue()
