@@ -127,6 +127,54 @@ def test_an_old_endpoint_file_ends_no_process_of_others(own_home):
         other.wait()
 
 
+@pytest.fixture
+def hanging(own_home):
+    """A process that the file names as the endpoint, and that never answers."""
+    command = [sys.executable, "-c", "import time; time.sleep(600)", process.GATEWAY]
+    with subprocess.Popen(command) as other:
+        old = process.Endpoint("http://127.0.0.1:9/v1", "a", other.pid)
+        process.announce(old)
+        yield old
+        other.kill()
+
+
+def test_an_old_endpoint_file_that_names_another_users_process_is_no_endpoint(hanging, monkeypatch):
+    """macOS and Windows do not show the command line of another user's process."""
+
+    def refuse(*_):
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "cmdline", refuse)
+    assert process.running() is None
+    assert psutil.Process(hanging.pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_another_users_endpoint_cannot_be_stopped_and_is_in_nobodys_way(hanging, monkeypatch):
+    """Linux shows the command line of another user's process."""
+
+    def refuse(*_):
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "terminate", refuse)
+    assert process.running() is None
+
+
+def test_an_endpoint_whose_starter_does_not_notice_its_end_is_stopped_at_once(hanging):
+    stop = f"from companion.local import process; process.stop(process.Endpoint('', '', {hanging.pid}))"
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", stop], check=True)
+    assert time.monotonic() - began < 8
+    assert psutil.Process(hanging.pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_endpoint_starts_in_a_home_that_is_named_from_here(own_home, monkeypatch):
+    monkeypatch.chdir(own_home.parent)
+    monkeypatch.setenv("COMPANION_HOME", own_home.name)
+    monkeypatch.setenv("COMPANION_MODEL_PATH", f"{own_home.name}/models")
+    answer = backend.client().chat.completions.create(model=CHAT_MODEL, messages=HI, max_tokens=1)
+    assert answer.choices
+
+
 def test_the_mark_of_a_dead_process_is_no_lease(own_home):
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()

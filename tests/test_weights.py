@@ -97,6 +97,15 @@ def disk(tiny, tmp_path, monkeypatch):
         yield folder
 
 
+def test_a_folder_that_is_named_from_here_gives_an_absolute_path(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setenv("COMPANION_HOME", tmp_path.name)
+    assert weights.home() == tmp_path
+    assert path("tiny") == tiny
+    monkeypatch.setenv("COMPANION_MODEL_PATH", f"{tmp_path.name}/models")
+    assert path("tiny") == tiny
+
+
 def left(file) -> set[str]:
     """What lies beside the model, but for its lock."""
     return {entry.name for entry in file.parent.iterdir()} - {"tiny.lock"}

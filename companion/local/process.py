@@ -19,7 +19,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .weights import MODELS, home, path
+from .weights import MODELS, given_models, home, path
 
 IDLE = (
     900.0  # seconds without a request until models are unloaded and, if no client lives, the endpoint leaves
@@ -63,8 +63,8 @@ def ensure(*, wait: float = 60.0) -> Endpoint:
 
 def running() -> Endpoint | None:
     """The endpoint that answers now, or None. One that lives but has not answered for 20 seconds is ended."""
-    found = announced()
-    if found is None or not _alive(found.pid, endpoint=True):
+    found = living()
+    if found is None:
         return None
     for _ in range(2):
         if _answers(found):
@@ -73,6 +73,12 @@ def running() -> Endpoint | None:
             return None
     stop(found)
     return None
+
+
+def living() -> Endpoint | None:
+    """The endpoint whose process lives, whether it answers or not, or None."""
+    found = announced()
+    return found if found and _alive(found.pid, endpoint=True) else None
 
 
 def announced() -> Endpoint | None:
@@ -95,18 +101,16 @@ def announce(endpoint: Endpoint) -> None:
 
 
 def stop(endpoint: Endpoint) -> None:
-    """End the endpoint's process, politely first."""
+    """End the endpoint's process, politely first; another user's is left alone."""
     import psutil
 
     # psutil says FileNotFoundError of a process that leaves while it is looked at.
-    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
         process = psutil.Process(endpoint.pid)
         process.terminate()
-        try:
-            process.wait(10)
-        except psutil.TimeoutExpired:
+        if not _ends(endpoint.pid):
             process.kill()
-            process.wait(10)
+            _ends(endpoint.pid)
 
 
 def leases() -> list[int]:
@@ -130,6 +134,7 @@ def _start(wait: float) -> Endpoint:
     last = announced()
     port = _port(last) if last else 0
     token = last.token if last else f"local-{secrets.token_urlsafe(24)}"
+    places = {"COMPANION_HOME": home(), "COMPANION_MODEL_PATH": given_models()}  # it works in another folder
     log = home() / "endpoint.log"
     command = [sys.executable, "-m", GATEWAY, "--port", str(port)]
     apart = {"creationflags": 0x00000208} if os.name == "nt" else {"start_new_session": True}
@@ -141,7 +146,10 @@ def _start(wait: float) -> Endpoint:
             stderr=out,
             cwd=home(),
             # glibc would keep a heap for each of llama.cpp's many threads.
-            env={"MALLOC_ARENA_MAX": "2"} | os.environ | {"COMPANION_ENDPOINT_TOKEN": token},
+            env={"MALLOC_ARENA_MAX": "2"}
+            | os.environ
+            | {name: str(place) for name, place in places.items() if place}
+            | {"COMPANION_ENDPOINT_TOKEN": token},
             **apart,
         )
     deadline = time.monotonic() + wait
@@ -171,6 +179,16 @@ def _answers(endpoint: Endpoint) -> bool:
         return False
 
 
+def _ends(pid: int, wait: float = 10.0) -> bool:
+    """Whether a process ends in time. A notebook that started it may notice later: it stays as a zombie."""
+    deadline = time.monotonic() + wait
+    while _alive(pid, endpoint=False):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def _port(endpoint: Endpoint) -> int:
     return urllib.parse.urlsplit(endpoint.base_url).port or 0
 
@@ -189,8 +207,8 @@ def _alive(pid: int, *, endpoint: bool) -> bool:
         return GATEWAY in command or (any("companion" in part for part in command) and "serve" in command)
     except (psutil.NoSuchProcess, FileNotFoundError):  # the second where it leaves as it is looked at
         return False
-    except psutil.AccessDenied:
-        return True
+    except psutil.AccessDenied:  # another user's
+        return False
 
 
 @contextlib.contextmanager

@@ -50,12 +50,18 @@ class Weights:
 
 
 def home() -> Path:
-    """The companion's own folder: `COMPANION_HOME`, or the user's data folder for this platform."""
+    """The companion's own folder, absolute: `COMPANION_HOME`, or the user's data folder for this platform."""
     if folder := os.environ.get("COMPANION_HOME"):
-        return Path(folder).expanduser()
+        return Path(folder).expanduser().absolute()
     from platformdirs import user_data_path
 
-    return user_data_path("companion", appauthor=False)
+    return user_data_path("companion", appauthor=False).absolute()
+
+
+def given_models() -> Path | None:
+    """The folder of model files that `COMPANION_MODEL_PATH` names, absolute, or None."""
+    folder = os.environ.get("COMPANION_MODEL_PATH")
+    return Path(folder).expanduser().absolute() if folder else None
 
 
 def weights(name: str) -> Weights:
@@ -67,15 +73,15 @@ def weights(name: str) -> Weights:
 
 
 def path(name: str, *, progress: bool = True) -> Path:
-    """The checked GGUF file of model `name`; fetched first where it is not here.
+    """The checked GGUF file of model `name`, as an absolute path; fetched first where it is not here.
 
     Looks in `COMPANION_MODEL_PATH` where that is set (and then fetches nothing), else in the cache under
     `home()`. `progress` shows a bar on stderr while downloading. Raises ValueError for an unknown name,
     WeightsError where the file is altered, cannot be fetched or cannot be stored.
     """
     entry = weights(name)
-    if folder := os.environ.get("COMPANION_MODEL_PATH"):
-        file = Path(folder).expanduser() / entry.file
+    if folder := given_models():
+        file = folder / entry.file
         if not file.is_file():
             raise WeightsError(
                 f"COMPANION_MODEL_PATH={folder} holds no {entry.file}: copy it there, or unset it"
