@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 from companion.backend import CHAT_MODEL, EMBEDDING_MODEL
 from companion.local import completions, gateway, process
+from companion.local.store import StoreError
 
 HI = [{"role": "user", "content": "Say hello."}]
 SCHEMA = {
@@ -53,6 +54,13 @@ def http(client):
     headers = {"authorization": f"Bearer {client.api_key}"}
     with httpx.Client(base_url=str(client.base_url), headers=headers, timeout=120, trust_env=False) as http:
         yield http
+
+
+@pytest.fixture
+def own_app(tmp_path, monkeypatch):
+    """The application without its server, in a home of its own; its token is "a-token"."""
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
+    return gateway.create_app("a-token")
 
 
 def chat(client, messages=HI, **options) -> ChatCompletion:
@@ -1050,6 +1058,30 @@ def test_an_unknown_model_is_not_found(http, route):
     error = refused(http.post(route, json=ROUTES[route] | {"model": "gpt-9"}), 404)
     assert error["code"] == "model_not_found"
     assert CHAT_MODEL in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("full", "status", "code"), [(True, 507, "insufficient_storage"), (False, 500, None)]
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_store_that_fails_where_a_model_is_looked_up_is_answered_as_that(
+    own_app, monkeypatch, streamed, full, status, code
+):
+    def fail(*_):
+        raise StoreError("no space", full)
+
+    monkeypatch.setattr(own_app.state.held.store, "model", fail)
+
+    async def ask() -> httpx.Response:
+        inside = httpx.ASGITransport(own_app)
+        async with httpx.AsyncClient(transport=inside, base_url="http://endpoint/v1") as http:
+            body = {"model": "ft:mine", "messages": HI, "stream": streamed}
+            headers = {"authorization": "Bearer a-token"}
+            return await http.post("/chat/completions", json=body, headers=headers)
+
+    reply = asyncio.run(ask())
+    error = {"message": "no space", "type": "server_error", "param": None, "code": code}
+    assert (reply.status_code, reply.json()["error"]) == (status, error)
 
 
 def test_an_unknown_route_and_a_wrong_method_are_refused(http):

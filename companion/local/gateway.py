@@ -247,6 +247,8 @@ async def _engine(state: State, name: str, kind: str) -> AsyncIterator[Engine]:
     with state.engines.use(name):
         try:
             engine = await asyncio.to_thread(ready)
+        except StoreError:  # a RuntimeError too, with an answer of its own
+            raise
         except RuntimeError as error:  # WeightsError among them
             raise ApiError(str(error), status=503, type="server_error", code="model_not_available") from None
         yield engine
@@ -313,8 +315,15 @@ def serve(
     sock = socket.socket()
     if os.name == "posix":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((host, port))
-    sock.listen(256)
+    try:
+        sock.bind((host, port))
+        sock.listen(256)
+    except OSError as error:
+        sock.close()
+        raise OSError(
+            f"the endpoint cannot listen on port {port} of {host} ({error.strerror or error}): give another "
+            f"--port, or --port 0 for a free one"
+        ) from error
     token = token or f"local-{secrets.token_urlsafe(24)}"
     base_url = f"http://{host}:{sock.getsockname()[1]}/v1"
     server: uvicorn.Server
