@@ -204,7 +204,7 @@ def stop() -> None:
     """End the local endpoint, if one runs."""
     from companion.local import process
 
-    if endpoint := process.running():
+    if endpoint := process.living():
         process.stop(endpoint)
         print(f"stopped the endpoint at {endpoint.base_url}")
     else:
@@ -289,7 +289,8 @@ def grade(
         int | None, typer.Option(min=1, help="Notebooks that run at the same time; one a core if not given.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the hidden inputs; kept in --out, and drawn if not given.")
+        int | None,
+        typer.Option(help="Of all hidden inputs; if not given, one is drawn for all that is new in --out."),
     ] = None,
     no_sandbox: Annotated[
         bool, typer.Option("--no-sandbox", help="Run strangers' code as it is: only where you trust it all.")
@@ -297,6 +298,7 @@ def grade(
 ) -> None:
     """Grade submissions: gradebook.csv, feedback pages, an overview, and tables for Canvas and Moodle."""
     _needs("nbval", "test")
+    _needs("xdist", "test")
     _needs("ipykernel", "book")
     from companion.grading import grade as grading
 
@@ -311,7 +313,8 @@ def grade(
     found = [work.status for work in book.works]
     counts = ", ".join(f"{found.count(status)} {status}" for status in sorted(set(found)))
     sizes = f"{_count(book.learners, 'learner')}, {_count(book.measures, 'exercise')}"
-    print(f"{sizes}, seed {book.seed}: {counts}")
+    seeds = ", ".join(map(str, book.seeds)) or "none"
+    print(f"{sizes}, seed {seeds}: {counts}")
     print(
         f"wrote {out}/overview.html, gradebook.csv, checks.json, feedback/, and tables for Canvas and Moodle"
     )

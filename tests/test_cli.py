@@ -1,6 +1,8 @@
 """The `companion` command, as its users call it: in a process of its own."""
 
+import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import scripted
 import test_export
 
 from companion import backend, cli, dataset, diagnosis, evaluation, finetuning
+from companion.local import process as endpoints
 from companion.local.store import Store
 
 
@@ -115,6 +118,28 @@ def test_stop_ends_an_endpoint_and_says_so_when_none_runs(tmp_path, companion_ho
     assert run("chat", said="Hello\n", **home).returncode == 0
     assert "stopped" in run("stop", **home).stdout
     assert "no endpoint" in run("stop", **home).stdout
+
+
+def test_stop_says_that_it_ended_an_endpoint_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
+    command = [sys.executable, "-c", "import time; time.sleep(600)", endpoints.GATEWAY]
+    with subprocess.Popen(command) as hanging:
+        try:
+            endpoints.announce(endpoints.Endpoint("http://127.0.0.1:9/v1", "a", hanging.pid))
+            assert run("stop").stdout == "stopped the endpoint at http://127.0.0.1:9/v1\n"
+            assert hanging.wait(1)
+        finally:
+            hanging.kill()
+
+
+def test_serve_names_a_port_that_is_taken_and_the_remedy(companion_home):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", str(port))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"companion: the endpoint cannot listen on port {port} of 127.0.0.1 (")
+    assert line.endswith("give another --port, or --port 0 for a free one")
 
 
 def test_doctor_finds_nothing_missing_here(client):
@@ -229,6 +254,14 @@ def test_export_writes_an_adapter_or_an_order_for_trl(tmp_path):
     done = run("export", "ftjob-1", str(tmp_path / "trl"), "--trl", **home)
     assert (tmp_path / "trl" / "sft.yaml").exists()
     assert f"cd {tmp_path / 'trl'} && accelerate launch" in done.stdout
+
+
+def test_grade_asks_for_the_plugin_that_spreads_notebooks_over_cores(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xdist" else real(name))
+    monkeypatch.setattr(sys, "argv", ["companion", "grade", "submissions", "--out", "grades"])
+    with pytest.raises(SystemExit, match="xdist is not installed: run `pip install"):
+        cli.main()
 
 
 def right(answer, sample):

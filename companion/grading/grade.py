@@ -1,11 +1,13 @@
 """Grade a folder of submissions: collect, restore, run, score, report.
 
 One grader at a time works on a folder of grades. What a kernel gave out is kept there, so that a run that
-was cut off goes on where it stopped, and grading again runs only what changed. The tables are written by
-this process, after all kernels are gone.
+was cut off goes on where it stopped, and grading again runs only what changed. What changed meets other
+hidden inputs than before: learners may have got those of the last time out of their kernel, and into their
+feedback. The tables are written by this process, after all kernels are gone.
 """
 
-import shutil
+import hashlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
@@ -23,6 +25,7 @@ from companion.grading import collect, release, report, restore, run, sandbox
 from companion.grading.collect import safe_name
 from companion.grading.score import NOT_STARTED, Book, Learner, Measure, Work, measure, score, troubles
 
+_Key = tuple[str, str]  # a learner and an exercise
 _LATEST = "It was submitted in {} files; the newest counts, {}."
 
 
@@ -39,9 +42,9 @@ def grade(
 ) -> Book:
     """Grade all submissions in a folder, and write what `report.write` writes into another.
 
-    exercises: the folder of the solutions. workers: notebooks that run at the same time. seed: of the hidden
-    inputs; if none is given, that of the last grading in `out`, or else one that is drawn. sandboxed: False
-    runs strangers' code as it is. executor and options: what `run.run` takes.
+    exercises: the folder of the solutions. workers: notebooks that run at the same time. seed: of all hidden
+    inputs; if none is given, code that was graded in `out` before keeps its own, and one is drawn for the
+    rest. sandboxed: False runs strangers' code as it is. executor and options: what `run.run` takes.
 
     Raises ValueError for folders that cannot be graded or written to, RuntimeError where there is no sandbox,
     where it does not hold, and where another grader works on `out`.
@@ -52,31 +55,39 @@ def grade(
     filed, learners = _file(collect.collect(submissions, sources), sources, submissions)
     with _alone(out) as work:
         if sandboxed:
-            _check_sandbox()
-        seed = _seed(work, seed)
-        options |= {"seed": seed, "sandbox": sandboxed}
+            sandbox.prove(options.get("readable", ()))
+        options["sandbox"] = sandboxed
         model = {name: release.needs_model(source) for name, source in sources.items()}
         slow = {"model": True, "timeout": run.MODEL_TIMEOUT}
         kinds = {asks: (slow | options if asks else options) for asks in (False, True)}
         names = sorted({exercise for _, exercise in filed})
-        with tqdm(names, desc="solutions", disable=None, leave=False) as bar:
-            measures = {name: _measure(name, sources[name], **kinds[model[name]]) for name in bar}
         restored = {key: one.restored(sources[key[1]]) for key, one in _progress("submissions", filed)}
-        runnable = [key for key, found in restored.items() if found.notebook]
+        runnable = {key: found.notebook for key, found in restored.items() if found.notebook}
+        seeds = _seeds(work, runnable, seed)
+        needed = {(key[1], one) for key, one in seeds.items()}
+        needed |= {(name, seed or 0) for name in {*names} - {name for name, _ in needed}}
+        with tqdm(sorted(needed), desc="solutions", disable=None, leave=False) as bar:
+            measures = {
+                (name, one): _measure(name, sources[name], seed=one, **kinds[model[name]])
+                for name, one in bar
+            }
         outcomes = {}
         where = {"folder": work, "workers": workers, "executor": executor}
         with _watched(work, len(runnable)):
-            for asks in sorted({model[exercise] for _, exercise in runnable}):
-                keys = [key for key in runnable if model[key[1]] == asks]
-                notebooks = {_id(key): restored[key].notebook for key in keys}
-                references = {_id(key): measures[key[1]].notebook for key in keys}
-                outcomes |= run.run(notebooks, references, **where, **kinds[asks])
+            for asks, one in sorted({(model[key[1]], one) for key, one in seeds.items()}):
+                keys = [key for key in runnable if (model[key[1]], seeds[key]) == (asks, one)]
+                notebooks = {_id(key): runnable[key] for key in keys}
+                references = {_id(key): measures[key[1], one].notebook for key in keys}
+                outcomes |= run.run(notebooks, references, seed=one, **where, **kinds[asks])
         works = [
-            _work(key, filed.get(key), restored.get(key), measures[key[1]], outcomes.get(_id(key)))
+            _work(key, filed.get(key), restored.get(key), seeds.get(key), measures, outcomes.get(_id(key)))
             for key in ((learner, exercise) for learner in sorted(learners) for exercise in names)
         ]
         book = Book(
-            seed, sandboxed, measures, tuple(learners[name] for name in sorted(learners)), tuple(works)
+            sandboxed,
+            {name: measures[min(pair for pair in needed if pair[0] == name)] for name in names},
+            tuple(learners[name] for name in sorted(learners)),
+            tuple(works),
         )
         report.write(out, book)
         return book
@@ -118,30 +129,32 @@ def _alone(out: Path) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(work / "lock", timeout=0):
-            for left in (work / "results").glob("companion-*"):  # by a grader that was killed
-                shutil.rmtree(left)
             yield work
     except filelock.Timeout:
         raise RuntimeError(f"another grader works on {out}: wait for it, or give another --out") from None
 
 
-def _check_sandbox() -> None:
-    if worked := sandbox.self_test():
-        raise RuntimeError(
-            f"the sandbox does not hold, so nothing was graded: a program in it could {', '.join(worked)}"
-        )
+def _seeds(work: Path, notebooks: Mapping[_Key, NotebookNode], seed: int | None) -> dict[_Key, int]:
+    """The seed of each notebook: the one that was asked for, or that of the same code before, or a new one.
+
+    They are kept before anything runs, so that a run that was cut off goes on with them.
+    """
+    file = work / "seeds.json"
+    try:
+        kept = {code: int(one) for code, one in json.loads(file.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        kept = {}
+    new = randbelow(2**32) if seed is None else seed
+    codes = {key: _code(key[1], notebook) for key, notebook in notebooks.items()}
+    seeds = {key: kept.get(code, new) if seed is None else seed for key, code in codes.items()}
+    run.write(file, json.dumps(kept | {codes[key]: one for key, one in seeds.items()}))
+    return seeds
 
 
-def _seed(work: Path, seed: int | None) -> int:
-    """The seed that was asked for, or that of the last grading, or a new one."""
-    file = work / "seed"
-    if seed is None:
-        try:
-            seed = int(file.read_text())
-        except (OSError, ValueError):
-            seed = randbelow(2**32)
-    run.write(file, str(seed))
-    return seed
+def _code(exercise: str, notebook: NotebookNode) -> str:
+    """A hash of what a notebook runs, the instructor's cells included."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps([exercise, code]).encode()).hexdigest()[:40]
 
 
 def _measure(name: str, source: NotebookNode, **options: Any) -> Measure:
@@ -246,20 +259,22 @@ def _work(
     key: tuple[str, str],
     filed: _Filed | None,
     restored: restore.Restored | None,
-    measure: Measure,
+    seed: int | None,
+    measures: Mapping[tuple[str, int], Measure],
     outcomes: Mapping[str, run.Outcome] | None,
 ) -> Work:
     learner, exercise = key
     if filed is None or restored is None:
         return Work(learner, exercise, "not submitted")
     notes = (*filed.notes, *restored.notes)
-    if restored.notebook is None or outcomes is None:
+    if restored.notebook is None or seed is None or outcomes is None:
         return Work(learner, exercise, "not submitted", filed.file, notes)
     if all(outcome.status == "not run" for outcome in outcomes.values()):
         return Work(learner, exercise, "not graded", filed.file, (*notes, NOT_STARTED))
     answers = {cell.id: cell.source for cell in restored.notebook.cells if release.is_answer(cell)}
+    measure = measures[exercise, seed]
     checks, ended = score(outcomes, measure), troubles(outcomes, measure)
-    return Work(learner, exercise, "ok", filed.file, notes, checks, answers, ended)
+    return Work(learner, exercise, "ok", filed.file, notes, checks, answers, ended, seed)
 
 
 # Progress

@@ -175,6 +175,7 @@ def checks(book: Book) -> str:
             "lms_id": ids[work.learner],
             "exercise": work.exercise,
             "status": work.status,
+            "seed": work.seed,
             "points": work.points,
             "file": work.file,
             "feedback": f"feedback/{page_of(work)}" if work.file or work.notes else "",
@@ -185,7 +186,7 @@ def checks(book: Book) -> str:
         }
         for work in book.works
     ]
-    found = {"format": 1, "seed": book.seed, "sandbox": book.sandbox, "exercises": exercises, "works": works}
+    found = {"format": 2, "sandbox": book.sandbox, "exercises": exercises, "works": works}
     return json.dumps(found, indent=1) + "\n"
 
 

@@ -34,7 +34,7 @@ from nbformat import NotebookNode
 from companion.checks import MIME
 from companion.grading.backcheck import result
 from companion.grading.release import is_check
-from companion.grading.sandbox import NAME, START, kernelspec, over_limit, self_test
+from companion.grading.sandbox import NAME, START, kernelspec, over_limit, prove
 
 TIMEOUT = 30.0  # seconds for a cell; a notebook has ten times as many in all
 MODEL_TIMEOUT = 120.0  # where checks ask the model, whose engine has to start
@@ -61,6 +61,7 @@ try:
 except (SyntaxError, ValueError, RecursionError, MemoryError):
     pass
 """
+_USAGE = 4  # how pytest ends that does not know an option: a plugin is missing, whatever the notebooks hold
 _FORMAT = 2  # of the result files: one of another format is run again
 
 
@@ -241,10 +242,8 @@ def _session(
 
     Raises RuntimeError, and runs nothing, where the sandbox does not hold.
     """
-    if sandbox and (worked := self_test(places.get("readable", ()))):
-        raise RuntimeError(
-            f"the sandbox has holes, so nothing is graded. From inside it could {', '.join(worked)}"
-        )
+    if sandbox:
+        prove(places.get("readable", ()))
     with tempfile.TemporaryDirectory(prefix="companion-", dir=results) as work:
         kernelspec(Path(work), sandbox=sandbox, env={_SEED: str(seed)}, **_given(model, places))
         batch = Path(work) / "batch"
@@ -264,7 +263,8 @@ def _session(
         command += ["--dist", "loadscope"]  # all cells of a notebook go to the same worker
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         done = subprocess.run(command, cwd=work, env=env, stdin=subprocess.DEVNULL, capture_output=True)
-        if done.returncode not in (0, 1) and not any(results.glob("*.json")):
+        broken = done.returncode not in (0, 1)  # perhaps by one notebook, which must not stop the others
+        if done.returncode == _USAGE or (broken and not any(results.glob("*.json"))):
             said = (done.stdout + done.stderr).decode(errors="replace").strip()[-2000:]
             raise RuntimeError(f"pytest could not run the notebooks: {said}")
 

@@ -199,6 +199,14 @@ class SandboxProvisioner(LocalProvisioner):
         shutil.rmtree(self.files, ignore_errors=True)
 
 
+def prove(readable: Sequence[Path] = ()) -> None:
+    """Raise RuntimeError where the wall does not hold. readable: as for `kernelspec`."""
+    if worked := self_test(readable):
+        raise RuntimeError(
+            f"the sandbox does not hold, so nothing was graded: a program in it could {', '.join(worked)}"
+        )
+
+
 def self_test(readable: Sequence[Path] = ()) -> list[str]:
     """What a program behind the wall could do though it must not; empty where the wall holds.
 

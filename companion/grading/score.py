@@ -110,6 +110,7 @@ class Work:
 
     status: "ok", "not submitted" (also for what cannot be read, or is not this exercise), or "not graded",
     where no kernel could be started. file: the notebook that counts, from the submissions' folder.
+    seed: of its hidden inputs; None where it was not run.
     answers: the answer cells' code by grade_id. troubles: by grade_id, how answer cells ended that did not
     end well.
     """
@@ -122,6 +123,7 @@ class Work:
     checks: tuple[Scored, ...] = ()
     answers: Mapping[str, str] = field(default_factory=dict)
     troubles: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None
 
     @property
     def points(self) -> float:
@@ -142,7 +144,6 @@ class Learner:
 class Book:
     """A grading: for every learner and every exercise of which something was submitted, a work, sorted."""
 
-    seed: int
     sandbox: bool
     measures: Mapping[str, Measure]
     learners: tuple[Learner, ...]
@@ -152,6 +153,11 @@ class Book:
     def points(self) -> float:
         """What all exercises are worth."""
         return sum(measure.points for measure in self.measures.values())
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that hidden inputs were drawn with, each once."""
+        return sorted({work.seed for work in self.works if work.seed is not None})
 
     @property
     def weak(self) -> list[str]:
@@ -256,7 +262,7 @@ def _scored(question: str, cell: NotebookNode, outcome: Outcome, shown: Mapping[
             visible.append(_value(got, expected, found, shown[place]))
         else:
             hidden.append(not found)
-    right = outcome.status == "ok" and _agrees(outcome.emitted, reference)
+    right = outcome.status == "ok" and agrees(outcome.emitted, reference)
     status, note = _STATUS.get(outcome.status, outcome.status), ""
     if status != "ok":
         note = SAID[status]
@@ -276,13 +282,6 @@ def _scored(question: str, cell: NotebookNode, outcome: Outcome, shown: Mapping[
         hidden=all(hidden) if hidden else None,
         note=note,
     )
-
-
-def _agrees(emitted: Any, reference: Mapping[str, Any]) -> bool:
-    try:
-        return agrees(emitted, reference)
-    except ArithmeticError:  # a whole number too large for a float
-        return False
 
 
 def _difference(got: Any, expected: Mapping[str, Any]) -> str:

@@ -322,6 +322,45 @@ def test_a_grader_killed_in_mid_run_goes_on_and_a_second_one_beside_it_is_refuse
     assert written(folders[1]) == written(tmp_path / "undisturbed")
 
 
+LEAKS = "import os\n\ndef double(number):\n    return os.environ['COMPANION_GRADING_SEED']"
+
+
+def test_hidden_inputs_that_came_out_are_of_no_use_the_next_time(course, walled, tmp_path):
+    [source, *_] = grading._sources(course / "solutions").values()
+    folders = tmp_path / "subs", tmp_path / "out", course / "solutions"
+    submit(folders[0] / "ada" / "01_tiny.ipynb", source, double=RIGHT)
+    submit(folders[0] / "eve" / "01_tiny.ipynb", source, double=LEAKS)
+    [seed] = grade(*folders).seeds
+    assert str(seed) in page(folders[1], "eve")
+    draw = random.Random(f"{seed}:check-double")
+    hidden = {number: 2 * number for _ in range(3) for number in [draw.randint(10, 10**9)]}
+    known = {2: 4, "ab": "abab"} | hidden
+    submit(folders[0] / "eve" / "01_tiny.ipynb", source, double=f"double = {known}.get")
+    results = folders[1] / ".work" / "results"
+    before = {file: file.stat().st_mtime_ns for file in results.glob("*.json")}
+    ada, eve = grade(*folders).works
+    assert (ada.points, ada.seed) == (2, seed)
+    assert eve.points == 0 and eve.seed != seed
+    assert all(file.stat().st_mtime_ns == time_ for file, time_ in before.items())
+    assert len(list(results.glob("*.json"))) == len(before) + 1
+    assert [work.seed for work in grade(*folders).works] == [seed, eve.seed]
+    assert [work.points for work in grade(*folders, seed=seed).works] == [2, 2]
+
+
+def test_a_seed_that_is_asked_for_holds_for_all_and_stays_until_the_code_changes(course, tmp_path):
+    [source, *_] = grading._sources(course / "solutions").values()
+    key, other = ("ada", "01_tiny"), ("bob", "01_tiny")
+    changed = copy.deepcopy(source)
+    changed.cells[1].source = RIGHT
+    assert grading._seeds(tmp_path, {key: source}, 7) == {key: 7}
+    found = grading._seeds(tmp_path, {key: source, other: changed}, None)
+    assert found[key] == 7 != found[other]
+    assert grading._seeds(tmp_path, {key: changed, other: source}, None) == {key: found[other], other: 7}
+    assert grading._seeds(tmp_path, {key: changed, other: source}, 8) == {key: 8, other: 8}
+    (tmp_path / "seeds.json").write_text('["spoiled"')
+    assert grading._seeds(tmp_path, {key: source}, None).keys() == {key}
+
+
 # What is wrong
 
 
@@ -354,7 +393,7 @@ def test_submissions_of_nothing_that_is_known_are_refused(course, tmp_path):
 
 
 def test_where_the_wall_does_not_hold_nothing_is_run(course, tmp_path, monkeypatch):
-    monkeypatch.setattr(grading.sandbox, "self_test", lambda: ["read the key"])
+    monkeypatch.setattr(grading.sandbox, "self_test", lambda *_: ["read the key"])
     monkeypatch.setattr(grading, "measure", None)
     with pytest.raises(RuntimeError, match="nothing was graded: a program in it could read the key"):
         grade(course / "submissions", tmp_path, course / "solutions")
@@ -431,7 +470,7 @@ def test_a_notebook_for_which_no_kernel_started_is_not_graded(course):
     filed = grading._Filed(course)
     found = grading.restore.Restored(release.strip(source), "ok", [])
     outcomes = {one.id: run.Outcome(None, "not run") for one in source.cells}
-    work = grading._work(("ada", "01_tiny"), filed, found, None, outcomes)
+    work = grading._work(("ada", "01_tiny"), filed, found, 7, {}, outcomes)
     assert (work.status, work.points) == ("not graded", 0)
 
 

@@ -39,15 +39,17 @@ def checked(points, earned, *, came="1", hidden=True, status="ok", note=""):
 @pytest.fixture
 def book():
     works = [
-        Work(EVIL, "a", "ok", "x/a.ipynb", (), (checked(2, 0, came=EVIL, hidden=False),), {"f": EVIL}),
+        Work(
+            EVIL, "a", "ok", "x/a.ipynb", (), (checked(2, 0, came=EVIL, hidden=False),), {"f": EVIL}, seed=5
+        ),
         Work(EVIL, "b", "not submitted"),
         Work("=1+1", "a", "ok", "y/a.ipynb", ("Cell 3 was moved.",), (checked(2, 2),), {"f": "return 1"}),
-        Work("=1+1", "b", "ok", "y/b.ipynb", (), (checked(0.5, 0.5),), {"f": "return 1"}),
+        Work("=1+1", "b", "ok", "y/b.ipynb", (), (checked(0.5, 0.5),), {"f": "return 1"}, seed=3),
         Work("Ö (77)", "a", "ok", "z/a", (), (checked(2, 0, status="timeout", note="No end."),), {}),
         Work("Ö (77)", "b", "not graded", "z/b.ipynb", ("Again.",)),
     ]
     learners = (Learner(EVIL), Learner("=1+1"), Learner("Ö (77)", "77", ("x.ipynb is nothing.",)))
-    return Book(5, True, {"a": measure(2), "b": measure(0.5)}, learners, tuple(works))
+    return Book(True, {"a": measure(2), "b": measure(0.5)}, learners, tuple(works))
 
 
 def content(folder):
@@ -79,7 +81,7 @@ def test_canvas_gets_its_columns_and_no_grade_where_nothing_was_graded(book):
 
 def test_no_learners_name_changes_the_points_possible_in_canvas(book):
     name = "Points Possible"
-    found = Book(5, True, {"a": measure(2)}, (Learner(name),), (Work(name, "a", "not submitted"),))
+    found = Book(True, {"a": measure(2)}, (Learner(name),), (Work(name, "a", "not submitted"),))
     assert [row[0] for row in rows(report.canvas(found)) if name in row[0]] == ["    Points Possible"]
 
 
@@ -109,7 +111,9 @@ def test_moodle_gets_the_feedback_pages_in_folders_that_it_knows_learners_by(boo
 
 def test_the_checks_are_json_with_everything(book):
     found = json.loads(report.checks(book))
-    assert (found["seed"], found["sandbox"]) == (5, True)
+    assert found["sandbox"] is True
+    assert [work["seed"] for work in found["works"]] == [5, None, None, 3, None, None]
+    assert book.seeds == [3, 5]
     assert found["exercises"]["b"] == {
         "points": 0.5,
         "checks": [{"check": "check", "points": 0.5, "hidden": True}],
@@ -134,13 +138,13 @@ def test_feedback_of_what_was_not_graded_says_why(book):
 
 def test_long_code_is_cut():
     work = Work("ada", "a", "ok", "f", (), (checked(2, 2),), {"f": "x" * 1_000_000})
-    found = Book(5, True, {"a": measure(2)}, (Learner("ada"),), (work,))
+    found = Book(True, {"a": measure(2)}, (Learner("ada"),), (work,))
     assert len(report.feedback(work, found)) < 40_000
 
 
 def test_characters_that_turn_the_direction_of_text_are_shown_as_codes():
     work = Work("ada\u202eevil", "a", "not submitted", "f", ("no",))
-    found = Book(5, True, {"a": measure(2)}, (Learner("ada"),), (work,))
+    found = Book(True, {"a": measure(2)}, (Learner("ada"),), (work,))
     page = report.feedback(work, found)
     assert "\u202e" not in page and "\\u202e" in page
 
@@ -151,7 +155,7 @@ def test_the_overview_has_plots_links_and_warnings(book):
     assert "<script" not in page
     assert "Weaker" not in page and "without a sandbox" not in page
     bare = Measure(book.measures["a"].notebook, {"check": {0: "", 1: ""}})
-    page = report.overview(Book(5, False, {**book.measures, "a": bare}, book.learners, book.works))
+    page = report.overview(Book(False, {**book.measures, "a": bare}, book.learners, book.works))
     assert "a/check" in page and "b/check" not in page and "without a sandbox" in page
 
 

@@ -477,8 +477,8 @@ def test_a_reference_that_lacks_a_check_cell_is_refused(tmp_path):
 
 
 def test_a_sandbox_with_holes_grades_nothing(batch, reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "self_test", lambda *_: ["read the key"])
-    with pytest.raises(RuntimeError, match="read the key"):
+    monkeypatch.setattr(sandbox, "self_test", lambda *_: ["read the key"])
+    with pytest.raises(RuntimeError, match="nothing was graded: a program in it could read the key"):
         run({"x": notebook()}, {"x": reference}, seed=SEED, folder=tmp_path)
     assert list((tmp_path / "results").iterdir()) == []
 
@@ -562,9 +562,33 @@ def test_cells_before_one_that_is_asked_for_are_run_first():
     assert log == ["a", "b", "c"]
 
 
-def test_pytest_that_cannot_start_is_said(reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "self_test", lambda *_: [])
-    done = subprocess.CompletedProcess([], 4, b"usage: no", b"")
-    monkeypatch.setattr(running.subprocess, "run", lambda *_, **__: done)
+@pytest.fixture
+def ends(monkeypatch):
+    """pytest ends with a status, and runs nothing."""
+    monkeypatch.setattr(sandbox, "self_test", lambda *_: [])
+
+    def end(status):
+        done = subprocess.CompletedProcess([], status, b"usage: no", b"")
+        monkeypatch.setattr(running.subprocess, "run", lambda *_, **__: done)
+
+    return end
+
+
+def earlier(folder):
+    """A folder with the result of an earlier grading."""
+    (folder / "results").mkdir()
+    (folder / "results" / "earlier.json").write_text(running.to_json({}))
+    return folder
+
+
+@pytest.mark.parametrize("before", [lambda folder: folder, earlier], ids=["first", "again"])
+def test_pytest_that_cannot_start_is_said(before, reference, tmp_path, ends):
+    ends(4)
     with pytest.raises(RuntimeError, match="usage: no"):
-        run({"x": notebook()}, {"x": reference}, seed=SEED, folder=tmp_path)
+        run({"x": notebook()}, {"x": reference}, seed=SEED, folder=before(tmp_path))
+
+
+def test_a_notebook_that_takes_pytest_with_it_does_not_stop_the_others(reference, tmp_path, ends):
+    ends(-9)
+    found = run({"x": notebook()}, {"x": reference}, seed=SEED, folder=earlier(tmp_path))
+    assert {one.status for one in found["x"].values()} == {"not run"}
