@@ -16,6 +16,7 @@ import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from fontTools.ttLib import TTFont
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +199,14 @@ def test_formulas_are_set_at_build_and_carried_as_text_for_screen_readers(copy, 
     style = html / "_static" / "math" / "katex.min.css"
     fonts = {f for f in style_addresses(style.read_text("utf-8")) if f.endswith("woff2")}
     assert fonts and all((style.parent / font).is_file() for font in fonts)
+    letters = TTFont(style.parent / "fonts" / "KaTeX_Math-Italic.woff2").getBestCmap()
+    shown = {
+        letter
+        for page in html.glob("*.html")
+        for part in read(page).select(".katex-html")
+        for letter in part.text
+    }
+    assert {ord("x"), ord("a")} <= letters.keys() <= set(map(ord, shown))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from companion.local import process
 
 CONCURRENCY = 8
 OPTIONS = {"temperature": 0.0, "seed": 0}
-LENGTHS = {"labels": 24, "replies": 96}  # tokens of an answer, at most
+LENGTHS = {"labels": 24, "replies": 96, "letters": 256}  # tokens of an answer, at most
 
 INSPECT = """
 import json, os, sys, tempfile, time
