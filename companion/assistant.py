@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from companion import backend
 from companion.retrieval import Index
-from companion.shop.systems import Desk
+from companion.shop.systems import POSTCODES, Desk
 
 # What customers ask for, as they might. A message's wish is that of its most similar example.
 EXAMPLES = {
@@ -95,9 +95,8 @@ _SIGNS = {
     r"|orders? i (?:did not|didn't|never) (?:place|make)",
     "data_protection": r"data request|gdpr|copy of (?:all )?my data|delete (?:all )?my data|data protection",
 }
-_POSTCODE = (
-    r"\b[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}\b|\b[A-Z]\d[\dW] ?[A-Z\d]{4}\b"
-    r"|(?<=postcode )(?:\d{3} \d{2}\b|\d{4,5})|(?<=postcode is )(?:\d{3} \d{2}\b|\d{4,5})"
+_POSTCODE = rf"\b(?:{POSTCODES['GB']}|{POSTCODES['IE']})\b" + "".join(
+    rf"|(?<={said} )(?:{POSTCODES['SE']}\b|\d{{4,5}})" for said in ("postcode", "postcode is")
 )
 _STREET = (
     r"(\d+[a-z]? [\w' ]+? (?:street|road|rise|lane|avenue|close|way|hill|drive|st|rd))"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHAT_MODEL = "smollm2-135m-instruct"
 EMBEDDING_MODEL = "all-minilm-l6-v2"
-HOSTED = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # what the SDK reads
+_HOSTED = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # what the SDK reads
 _clients: dict[tuple[str | None, ...], OpenAI] = {}
 
 
@@ -37,7 +37,7 @@ def client() -> OpenAI:
     import openai
 
     if not is_local():
-        key = tuple(os.environ.get(name) for name in HOSTED)
+        key = tuple(os.environ.get(name) for name in _HOSTED)
         if key not in _clients:
             _clients[key] = openai.OpenAI()
         return _clients[key]

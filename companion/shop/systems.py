@@ -54,8 +54,8 @@ URGENT = {
 QUEUE = {"approval": ("team lead", "tomorrow at 17:00"), "other": ("support", "2 working days")}
 SIGNS = {**URGENT, **QUEUE}
 
-# How postcodes look, where they are not five digits.
-_POSTCODES = {
+# How postcodes look, by country, where they are not five digits.
+POSTCODES = {
     "GB": r"[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}",
     "IE": r"[A-Z]\d[\dW] ?[A-Z\d]{4}",
     "SE": r"\d{3} ?\d{2}",
@@ -67,7 +67,7 @@ _POSTCODES = {
 
 def fits_country(postcode: str, country: str) -> bool:
     """Whether it looks like a postcode of the country, a two-letter code."""
-    return bool(re.fullmatch(_POSTCODES.get(country, r"\d{5}"), postcode.strip().upper()))
+    return bool(re.fullmatch(POSTCODES.get(country, r"\d{5}"), postcode.strip().upper()))
 
 
 CREDIT_REASONS = ("our_mistake", "lost_parcel", "same_fault_twice")
