@@ -14,6 +14,7 @@ https://jupyter-client.readthedocs.io/en/stable/provisioning.html, https://githu
 """
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -48,6 +49,9 @@ START = 60  # seconds until a kernel must listen
 
 _HOME, _SOCKETS = "/learner", "/run/kernel"
 _CONNECTION = "/run/connection.json"
+# Until bubblewrap has tied each of its processes to the one before, some milliseconds, nobody ends them when
+# this process is killed. So the kernel waits for a word from here, and without it does not begin.
+_GATE = ["sh", "-c", 'echo ready; read -r word && exec "$@" </dev/null >/dev/null', "sh"]
 _COMMAND = [sys.executable, "-m", "ipykernel_launcher", "--HistoryManager.enabled=False"]
 ENVIRONMENT = {
     "PATH": f"{sys.prefix}/bin:/usr/bin:/bin",
@@ -159,22 +163,27 @@ class SandboxProvisioner(LocalProvisioner):
         connection = Path(self.parent.connection_file)
         cmd = [_CONNECTION if part == os.path.realpath(connection) else part for part in cmd]
         told, tell = os.pipe()
+        ready, at_gate = os.pipe()
+        gate, let_in = os.pipe()
         given = {"seccomp": _in_memory(_filter()), "connection": _in_memory(connection.read_bytes())}
-        try:
-            wall = _wall(self.kernel_spec.env, self.readable, given, tell)
-            pinned = ["taskset", "--cpu-list", str(cpu)] if cpu is not None else []
-            kwargs |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | {"cwd": "/"}
-            # bubblewrap's own environment can be read from inside: it gets none.
-            kwargs |= {"env": {}, "pass_fds": [*given.values(), tell]}
-            await super().launch_kernel([*pinned, *wall, *cmd], **kwargs)
-        finally:
-            for descriptor in (*given.values(), tell):
-                os.close(descriptor)
-        with open(told) as said:
+        with open(told) as said, open(ready) as waiting, open(let_in, "wb", buffering=0) as word:
+            try:
+                wall = _wall(self.kernel_spec.env, self.readable, given, tell)
+                pinned = ["taskset", "--cpu-list", str(cpu)] if cpu is not None else []
+                kwargs |= {"stdin": gate, "stdout": at_gate, "stderr": subprocess.DEVNULL, "cwd": "/"}
+                # bubblewrap's own environment can be read from inside: it gets none.
+                kwargs |= {"env": {}, "pass_fds": [*given.values(), tell]}
+                await super().launch_kernel([*pinned, *wall, *_GATE, *cmd], **kwargs)
+            finally:
+                for descriptor in (*given.values(), tell, at_gate, gate):
+                    os.close(descriptor)
             try:
                 self.inside = json.load(said)["child-pid"]
             except ValueError:
                 raise RuntimeError("bubblewrap did not start: try `bwrap --ro-bind / / true`") from None
+            waiting.readline()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, as is seen below
+                word.write(b"\n")
         outside = f"/proc/{self.inside}/root{_SOCKETS}/s"
         limit = time.monotonic() + START
         while not all(_listens(f"{outside}-{number}") for number in range(1, 6)):

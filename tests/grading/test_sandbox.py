@@ -272,6 +272,33 @@ time.sleep(600)
     assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
 
 
+@pytest.mark.parametrize("milliseconds", range(6))
+def test_when_the_grader_is_killed_while_a_kernel_starts_it_never_begins(walled, tmp_path, milliseconds):
+    code = f"""
+from pathlib import Path
+from jupyter_client.manager import KernelManager
+from companion.grading.sandbox import NAME, kernelspec
+
+folder = {str(tmp_path)!r}
+specs = kernelspec(Path(folder), env={{"MARK": folder}})
+KernelManager(kernel_name=NAME, kernel_spec_manager=specs).start_kernel(cwd=folder)
+"""
+    grader = subprocess.Popen([sys.executable, "-c", code])
+    while not descendants_of(grader.pid):
+        assert grader.poll() is None
+    time.sleep(milliseconds / 1000)
+    grader.kill()
+    grader.wait()
+
+    def left():  # bubblewrap is told the environment in words
+        return [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in (p.info["cmdline"] or [])]
+
+    deadline = time.monotonic() + 10
+    while left():
+        assert time.monotonic() < deadline, left()
+        time.sleep(0.05)
+
+
 def test_a_file_or_folder_is_readable_where_that_is_asked_for(walled, tmp_path):
     shown = tmp_path / "shown"
     shown.mkdir()
