@@ -224,13 +224,14 @@ def schema(json_schema: Mapping[str, Any] | bool, *, name: str = "schema") -> Sc
     Raises:
         ValueError: what is no JSON Schema.
     """
-    import jsonschema
     from referencing import Registry
 
-    kind = jsonschema.validators.validator_for(json_schema, default=jsonschema.Draft202012Validator)
+    from companion.json_schema import Draft202012Validator, SchemaError, validator_for
+
+    kind = validator_for(json_schema, default=Draft202012Validator)
     try:
         kind.check_schema(json_schema)
-    except jsonschema.SchemaError as error:
+    except SchemaError as error:
         raise ValueError(f"this is no JSON Schema: {error.message} at {error.json_path}") from None
     validator = kind(json_schema, registry=Registry())
 

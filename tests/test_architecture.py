@@ -25,7 +25,7 @@ ALLOWED = {
     "companion.dataset": {"companion.dataset_format"},
     "companion.finetuning": {"companion.backend", "companion.dataset"},
     "companion.plots": {"companion.metrics"},
-    "companion.shop.systems": {"companion.shop"},
+    "companion.shop.systems": {"companion.json_schema", "companion.shop"},
     "companion.shop.mcp_server": {"companion.shop", "companion.shop.systems"},
     "companion.assistant": {"companion.backend", "companion.retrieval", "companion.shop.systems"},
     "companion.simulation": {"companion.shop", "companion.shop.systems"},
@@ -38,7 +38,12 @@ ALLOWED = {
         "companion.evaluation_run",
         "companion.metrics",
     },
-    "companion.scorers": {"companion.backend", "companion.evaluation", "companion.metrics"},
+    "companion.scorers": {
+        "companion.backend",
+        "companion.evaluation",
+        "companion.json_schema",
+        "companion.metrics",
+    },
     "companion.local.process": {"companion.local.weights"},
     "companion.local.toolcalls": {"companion.local.wire"},
     "companion.local.completions": {
@@ -81,6 +86,7 @@ ONLY = {
     "xllamacpp": {"companion.local.engine"},
     "pytest": {"companion.grading"},
     "mcp": {"companion.shop.mcp_server"},
+    "jsonschema": {"companion.json_schema"},
 }
 
 
@@ -144,6 +150,13 @@ def test_a_heavy_library_is_imported_in_one_place(library):
         user for user in users if not any(user == one or user.startswith(f"{one}.") for one in ONLY[library])
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("module", ["companion.assistant", "companion.grading.grade"])
+def test_a_schema_is_checked_without_the_grammar_of_iris_which_others_can_still_import(module):
+    code = f"import {module}, sys; print('jsonschema' in sys.modules, 'rfc3987_syntax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
 
 
 def test_importing_the_package_loads_nothing_heavy():

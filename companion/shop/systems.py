@@ -32,8 +32,7 @@ import re
 import sqlite3
 from datetime import date
 
-from jsonschema import Draft202012Validator
-
+from companion.json_schema import Draft202012Validator
 from companion.shop import TODAY
 
 CREDIT_LIMIT = 15.0  # pounds of goodwill that support may give alone, article "compensation"
