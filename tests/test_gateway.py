@@ -616,10 +616,33 @@ def test_a_text_gets_the_same_numbers_alone_and_beside_others(client):
     together = [item.embedding for item in embed(client, texts).data]
     with ThreadPoolExecutor(6) as pool:
         others = pool.map(lambda n: embed(client, "other words " * n), range(1, 40))
-        beside = list(pool.map(lambda text: embed(client, text).data[0].embedding, texts * 4))
+        beside = list(pool.map(lambda n: embed(client, [texts[n % 3], f"{n}"]).data[0].embedding, range(12)))
         list(others)
     assert alone == together
     assert beside == alone * 4
+
+
+def test_what_was_embedded_lately_is_not_computed_again(monkeypatch):
+    computed = []
+
+    async def post(self, engine, route, body):
+        computed.append(body["input"])
+        return {"data": [{"index": 0, "embedding": "x" * 400}], "usage": {"prompt_tokens": 7}}
+
+    monkeypatch.setattr(completions.Upstream, "post", post)
+    monkeypatch.setattr(completions, "KEPT", 2000)
+    upstream, engine = completions.Upstream(), SimpleNamespace(address="http://127.0.0.1:9")
+
+    async def ask(texts):
+        answers = [
+            await upstream.post_once(engine, "/v1/embeddings", {"input": [text]}) for text in texts.split()
+        ]
+        assert all(answer["usage"] == {"prompt_tokens": 7} for answer in answers)
+        answers[0].clear()  # what is done to an answer changes no later one
+
+    with ThreadPoolExecutor(1) as pool:  # another test may have left a loop running here
+        pool.submit(asyncio.run, ask("a b a a b c a d a b")).result()
+    assert computed == [["a"], ["b"], ["c"], ["d"], ["b"]]
 
 
 def test_embeddings_have_unit_length_and_keep_their_order(client):

@@ -1,6 +1,6 @@
 """Chat completions, text completions and embeddings: from OpenAI's request to llama.cpp's, and back.
 
-Nothing here is stored. A request that asks for `n` answers is computed as n requests side by side, with seeds
+Nothing here is stored, but for the latest embeddings, in memory. A request that asks for `n` answers is computed as n requests side by side, with seeds
 that follow each other. What is sampled is what the parameters say: llama.cpp's own filters (top-k, min-p) are
 off.
 """
@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import cache
@@ -31,6 +32,7 @@ LONGEST_ANSWER = 1024  # tokens, where the request sets no limit: a small model 
 # Reading an event costs a client about as much processor time as some of its tokens took. So one event holds
 # what was written within PAUSE seconds for each open stream, and at most within LONGEST_PAUSE.
 PAUSE, LONGEST_PAUSE = 0.04, 0.2
+KEPT = 16 << 20  # letters of embeddings, with what was asked, that are kept for when it is asked again
 TEXT = b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"'  # how llama.cpp's events of text
 TEXT_END = b'"}}],"created":'  # begin and go on after the text, in which every quotation mark is escaped
 
@@ -41,6 +43,7 @@ class Upstream:
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
         self._streams = 0
+        self._kept: OrderedDict[str, str] = OrderedDict()  # by request, that of the latest use last
 
     def _post(self, engine: Engine, route: str, body: dict):
         if self._session is None:  # here, since a session belongs to the event loop that runs
@@ -58,6 +61,18 @@ class Upstream:
         if reply.status != 200:
             raise _refused(reply.status, content, PROMPTS.get(route))
         return json.loads(content)
+
+    async def post_once(self, engine: Engine, route: str, body: dict) -> dict:
+        """As `post`, but what was answered lately is not computed again: for answers that do not vary.
+
+        Whoever starts a chapter anew sends the same texts again, and so do all that search the same articles.
+        """
+        key = json.dumps([engine.address, route, body])
+        found = self._kept.pop(key, None) or json.dumps(await self.post(engine, route, body))
+        self._kept[key] = found
+        while sum(len(asked) + len(answer) for asked, answer in self._kept.items()) > KEPT:
+            self._kept.popitem(last=False)
+        return json.loads(found)
 
     async def answer(self, engine: Engine, route: str, body: dict) -> dict:
         """llama.cpp's whole answer to a chat or text completion.
@@ -573,7 +588,7 @@ async def embeddings(upstream: Upstream, engine: Engine, request: EmbeddingReque
             code="invalid_value",
         )
     body = {"model": request.model, "input": texts, "encoding_format": request.encoding_format or "float"}
-    answer = await upstream.post(engine, "/v1/embeddings", body)
+    answer = await upstream.post_once(engine, "/v1/embeddings", body)
     data = [
         {"object": "embedding", "index": item["index"], "embedding": item["embedding"]}
         for item in answer["data"]
