@@ -1,8 +1,8 @@
 """Chat completions, text completions and embeddings: from OpenAI's request to llama.cpp's, and back.
 
-Nothing here is stored, but for the latest embeddings, in memory. A request that asks for `n` answers is computed as n requests side by side, with seeds
-that follow each other. What is sampled is what the parameters say: llama.cpp's own filters (top-k, min-p) are
-off.
+Nothing here is stored, but for the latest embeddings, in memory. A request that asks for `n` answers is
+computed as n requests side by side, with seeds that follow each other. What is sampled is what the parameters
+say: llama.cpp's own filters (top-k, min-p) are off.
 """
 
 import asyncio
