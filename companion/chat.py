@@ -56,7 +56,8 @@ class Reply:
     """What came back for one turn.
 
     `text` is the model's answer, `usage` what the whole turn took, `tool_calls` what was called on the way,
-    and `finish_reason` why the model stopped: "stop", or "length" where it was cut off at `max_tokens`.
+    and `finish_reason` why the model stopped: "stop", or "length" where it was cut off at
+    `max_completion_tokens`.
     """
 
     text: str
@@ -99,7 +100,7 @@ class Chat:
             be is estimated from its characters, at the most tokens per character that a reply's usage has
             shown so far. So the first prompt is sent as it is, and one of a denser text can be a little over.
         prices: cost of a million tokens, (input, output), for `cost`.
-        **options: passed with each request: temperature, max_tokens, seed, response_format, …
+        **options: passed with each request: temperature, max_completion_tokens, seed, response_format, …
 
     Raises:
         ValueError: for a tool that is no function, two tools of one name, or an option that Chat sets itself.

@@ -77,7 +77,7 @@ def evaluate(
         timeout: seconds for the solver, and again for the scorers, before a sample is given up; None waits.
         seed: sent with each request, plus the epoch's number (from 0); None sends none.
         progress: whether to show a bar.
-        **request: sent with each request: temperature, max_tokens, response_format, …
+        **request: sent with each request: temperature, max_completion_tokens, response_format, …
 
     A model that is asked the very same thing for several samples is asked once. Ctrl-C stops the run and
     leaves the log whole.
