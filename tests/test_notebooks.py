@@ -26,6 +26,7 @@ def ids(paths):
 def test_a_run_gives_the_outputs_that_are_stored(notebook, client):
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1500"]
     command += ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(notebook)]
+    command += ["-p", "companion.json_schema"]  # imported before nbval, which would import it the slow way
     # Figures are shown by the kernel's own backend, whatever this process was told to use.
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {
         "COLUMNS": "200"
