@@ -21,7 +21,7 @@ from companion.grading.run import Outcome, Replay, run, solve
 pytestmark = pytest.mark.slow
 
 
-SEED, TIMEOUT = 7, 6
+SEED, TIMEOUT = 7, 12  # seconds, of which a slow and busy machine takes six to import openai and ask in vain
 FLOOD = ("flood", "timeout")  # which of the two is met first depends on the machine's speed
 SETUP = "from companion.checks import Check, drawn"
 CHECK = """draw = drawn("check-{0}")
@@ -376,8 +376,9 @@ def test_a_submission_earns_what_its_code_earns_whatever_the_others_do(name, bat
 
 
 def test_no_kernel_is_left_when_a_batch_is_done(batch):
-    ours = [one for one in batch[3] if one.is_running() and "bwrap" in " ".join(one.cmdline())]
-    assert ours == []
+    # Beside it, another test may have had kernels, which end soon.
+    _, alive = psutil.wait_procs([one for one in batch[3] if one.info["name"] == "bwrap"], timeout=30)
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_the_folder_holds_the_results_and_a_case_for_each_cell_and_nothing_else(batch):
