@@ -2,7 +2,7 @@
 
 What a test run does to its home (logs, locks, the endpoint's file) does not touch the user's.
 
-With `-n 2 --dist loadgroup` the tests that ask the model run in one process, and the others in the other.
+With `-n 2 --dist loadfile` tests run in two processes, each with an endpoint of its own, those of a file in one.
 """
 
 import os
@@ -10,16 +10,6 @@ import os
 import pytest
 
 from companion.local import process, weights
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        fixtures = set(item.fixturenames)
-        asks_the_model = fixtures & {"client", "own_home"} and "endpoint" not in fixtures
-        item.add_marker(pytest.mark.xdist_group("model" if asks_the_model else item.module.__name__))
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:

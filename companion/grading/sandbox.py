@@ -50,7 +50,8 @@ START = 60  # seconds until a kernel must listen
 _HOME, _SOCKETS = "/learner", "/run/kernel"
 _CONNECTION = "/run/connection.json"
 # Until bubblewrap has tied each of its processes to the one before, some milliseconds, nobody ends them when
-# this process is killed. So the kernel waits for a word from here, and without it does not begin.
+# this process is killed. So the kernel waits for a word from here, and without it does not begin. At worst
+# bubblewrap's inner half stays, which waits for its outer one, and has not started anything.
 _GATE = ["sh", "-c", 'echo ready; read -r word && exec "$@" </dev/null >/dev/null', "sh"]
 _COMMAND = [sys.executable, "-m", "ipykernel_launcher", "--HistoryManager.enabled=False"]
 ENVIRONMENT = {

@@ -290,12 +290,14 @@ KernelManager(kernel_name=NAME, kernel_spec_manager=specs).start_kernel(cwd=fold
     grader.kill()
     grader.wait()
 
-    def left():  # bubblewrap is told the environment in words
-        return [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in (p.info["cmdline"] or [])]
+    def started():  # bubblewrap is told the environment in words
+        ours = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in (p.info["cmdline"] or [])]
+        return [p for p in ours if p.is_running() and p.children()]
 
+    time.sleep(0.2)
     deadline = time.monotonic() + 10
-    while left():
-        assert time.monotonic() < deadline, left()
+    while started():
+        assert time.monotonic() < deadline, started()
         time.sleep(0.05)
 
 
