@@ -2,7 +2,9 @@
 
 What a test run does to its home (logs, locks, the endpoint's file) does not touch the user's.
 
-With `-n 2 --dist loadfile` tests run in two processes, each with an endpoint of its own, those of a file in one.
+With `-n 2 --dist loadfile` tests run in two processes, each with an endpoint of its own, and those of a
+file in one of them. The notebooks come last: beside other work, the engine's threads would wait for each
+other most of the time.
 """
 
 import os
@@ -10,6 +12,15 @@ import os
 import pytest
 
 from companion.local import process, weights
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist would begin with the file that has the most tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.module.__name__ == "test_notebooks")
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
