@@ -163,7 +163,8 @@ def clean(value: Any) -> Any:
         if isinstance(value, int) and value.bit_length() <= 64:
             return int(value)
         if isinstance(value, float):
-            return float(value) if math.isfinite(value) else {"<float>": str(float(value))}
+            # Twelve digits: those after them differ between processors, and none of them ever counts.
+            return float(f"{value:.12g}") if math.isfinite(value) else {"<float>": str(float(value))}
         if depth == DEEPEST or left < 0:
             return {kind: "not kept: too deep, or too many values before it"}
         if hasattr(type(value), "model_dump"):
