@@ -272,6 +272,13 @@ time.sleep(600)
     assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def _has_children(process):
+    try:
+        return bool(process.children())
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.parametrize("milliseconds", range(6))
 def test_when_the_grader_is_killed_while_a_kernel_starts_it_never_begins(walled, tmp_path, milliseconds):
     code = f"""
@@ -292,7 +299,7 @@ KernelManager(kernel_name=NAME, kernel_spec_manager=specs).start_kernel(cwd=fold
 
     def started():  # bubblewrap is told the environment in words
         ours = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in (p.info["cmdline"] or [])]
-        return [p for p in ours if p.is_running() and p.children()]
+        return [p for p in ours if _has_children(p)]
 
     time.sleep(0.2)
     deadline = time.monotonic() + 10
